@@ -1,0 +1,530 @@
+#!/usr/bin/env python3
+"""Prepare the training data: the real one (SAT), or a toy world small enough for a laptop.
+
+    python prepare_sat.py                      # download array/SAT (4.6 GB), keep 15,000 rows -> data/sat/
+    python prepare_sat.py --parquet FILE       # the same from a file that is already here
+    python prepare_sat.py --toy                # draw a toy world and train its base model     -> data/toy/
+
+Both write `train.parquet` with one question per row: images (list of Image), question, options (list of text),
+answer (one of the options), question_type and source_row. The toy also gets a held-out `test.parquet`, a test set
+in CV-Bench's format, and `base/`: a tiny Qwen2-VL which can reason about the scenes but mostly does not care to.
+"""
+import argparse
+import io
+import json
+import math
+import random
+import shutil
+from collections import Counter, namedtuple
+from functools import cache
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from datasets import Features, Image, List, Value
+from PIL import Image as Picture, ImageDraw
+from tqdm import tqdm
+
+from grpo_vision import BASE_PROMPT, IMAGE_TOKENS, build_question, fail, patch_embed_as_matmul
+
+SAT_FEATURES = Features({"images": List(Image()), "question": Value("string"), "options": List(Value("string")),
+                         "answer": Value("string"), "question_type": Value("string"), "source_row": Value("int64")})
+
+
+def write_parquet(path, rows, features, rows_per_group=100):
+    """Stream dicts into a Parquet file which `datasets` reads back with its Image columns. -> number of rows.
+    The name appears only when the file is complete."""
+    path, count, chunk = Path(path), 0, []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with pq.ParquetWriter(partial, features.arrow_schema) as writer:
+        def flush():
+            writer.write_table(pa.Table.from_pylist(chunk, schema=features.arrow_schema))
+            chunk.clear()
+        for count, row in enumerate(rows, start=1):
+            chunk.append(row)
+            if len(chunk) == rows_per_group:
+                flush()
+        flush()
+    partial.rename(path)
+    return count
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The real thing: SAT
+# ---------------------------------------------------------------------------------------------------------------
+def read_sat_parquet(path):
+    """Yield the rows of SAT's own file, a few at a time: the file is one huge row group of image bytes, which
+    `load_dataset` cannot read and memory may not hold."""
+    if not Path(path).is_file():
+        fail(f"{path} does not exist: give --parquet the path of SAT_train.parquet, or leave it out to download it.")
+    try:
+        file = pq.ParquetFile(path)
+    except pa.ArrowInvalid as error:
+        fail(f"{path} is not a Parquet file ({error}): download SAT_train.parquet again.")
+    columns = ["image_bytes", "question", "answers", "question_type", "correct_answer"]
+    check_columns(path, file.schema_arrow.names, columns)
+    for batch in file.iter_batches(batch_size=16, columns=columns):
+        yield from batch.to_pylist()
+
+
+def read_sat_dataset(name):
+    """Yield the same rows from `array/SAT-v2`, or from a local folder or Parquet file with its columns."""
+    from datasets import load_dataset
+    local = Path(name)
+    try:
+        if local.is_file():
+            stream = load_dataset("parquet", data_files=str(local), split="train", streaming=True)
+        else:
+            stream = load_dataset(name, split="train", streaming=True)
+    except Exception as error:  # a missing folder, no network, no such data set: all mean the same to the user
+        fail(f"cannot read the data set {name} ({type(error).__name__}): give --dataset a hub id, folder or file.")
+    check_columns(name, stream.column_names, ["images", "question", "answers", "question_type", "correct_answer"])
+    for row in stream.cast_column("images", List(Image(decode=False))):
+        images = [image["bytes"] or Path(image["path"]).read_bytes() for image in row.pop("images") or []]
+        yield {**row, "image_bytes": images}
+
+
+def check_columns(name, present, needed):
+    missing = [column for column in needed if column not in (present or [])]
+    if missing:
+        fail(f"{name} has no column {', '.join(missing)}: it needs {', '.join(needed)}, as array/SAT has them.")
+
+
+def decodes(image_bytes):
+    try:
+        Picture.open(io.BytesIO(image_bytes)).load()  # open() alone reads only the header
+        return True
+    except Exception:  # broken bytes raise a dozen different things
+        return False
+
+
+def convert(rows, limit, multi_image=False, seed=0, counts=None):
+    """Yield training rows from SAT rows until `limit` are kept; `counts` says what became of each row."""
+    counts = Counter() if counts is None else counts
+    for index, row in enumerate(rows):
+        images, question = row["image_bytes"] or [], (row["question"] or "").strip()
+        answer = (row["correct_answer"] or "").strip()
+        options = list(dict.fromkeys(option.strip() for option in row["answers"] or [] if option))
+        if not images:
+            verdict = "skipped: no image"
+        elif len(images) > 1 and not multi_image:
+            verdict = "skipped: several images"
+        elif not question:
+            verdict = "skipped: empty question"
+        elif len(options) < 2:
+            verdict = "skipped: fewer than two options"
+        elif answer not in options:
+            verdict = "skipped: answer not among the options"
+        elif not all(decodes(image) for image in images):
+            verdict = "skipped: broken image"
+        else:
+            verdict = "kept"
+        counts[verdict] += 1
+        if verdict == "kept":
+            random.Random(f"{seed}/{index}").shuffle(options)  # SAT's counting rows put the right answer first
+            yield dict(images=[{"bytes": image, "path": None} for image in images], question=question,
+                       options=options, answer=answer, question_type=row["question_type"], source_row=index)
+        if counts["kept"] == limit:
+            return
+
+
+def prepare_sat(out="data/sat", parquet=None, dataset=None, limit=15000, multi_image=False, seed=0):
+    """SAT -> out/train.parquet. Prints how many rows were kept, and why others were not."""
+    if limit < 1:
+        fail(f"--limit {limit} keeps nothing: give a number of rows above 0.")
+    if dataset:
+        rows = read_sat_dataset(dataset)
+    else:
+        rows = read_sat_parquet(parquet or download_sat())
+    counts, path = Counter(), Path(out) / "train.parquet"
+    kept = tqdm(convert(rows, limit, multi_image, seed, counts), total=limit, unit=" rows", desc="SAT")
+    write_parquet(path, kept, SAT_FEATURES)
+    for verdict, count in sorted(counts.items()):
+        print(f"{count:8,} {verdict}")
+    if not counts["kept"]:
+        path.unlink()
+        fail(f"no row of {dataset or parquet or 'array/SAT'} could be kept: nothing was written.")
+    print(f"wrote {path}")
+
+
+def download_sat():
+    from huggingface_hub import hf_hub_download
+    try:
+        return hf_hub_download("array/SAT", "SAT_train.parquet", repo_type="dataset")
+    except Exception as error:
+        fail(f"cannot download SAT_train.parquet of array/SAT ({type(error).__name__}): fetch it elsewhere and give "
+             "it with --parquet FILE.")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The toy world: two to four coloured shapes on a 3 x 3 grid, each near, midway or far
+# ---------------------------------------------------------------------------------------------------------------
+CELL = 28  # px: one merged vision token (2 x 2 patches of 14 px) looks at one cell
+COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (50, 80, 230), "yellow": (235, 205, 30)}
+SHAPES = ["circle", "square", "triangle"]
+ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "centre", "right"]
+RADII = {"near": 12, "midway": 9, "far": 6}  # px: what is nearer looks larger
+NUMBERS = ["zero", "one", "two", "three", "four"]
+
+
+class Thing(namedtuple("Thing", "colour shape row column depth")):
+    @property
+    def name(self):
+        return f"{self.colour} {self.shape}"
+
+
+def draw_scene(rng, seen):
+    """A scene that is not in `seen`, and is from now on: things in raster order, no two with the same name."""
+    while True:
+        count = rng.choice([2, 3, 3, 4, 4])
+        names = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
+        cells = sorted(rng.sample(range(9), count))
+        scene = tuple(Thing(*name, *divmod(cell, 3), rng.choice(list(RADII))) for name, cell in zip(names, cells))
+        if scene not in seen:
+            seen.add(scene)
+            return scene
+
+
+def paint(scene, rng):
+    """-> an 84 x 84 picture. The light comes from the left and the floor is warmer at the bottom."""
+    size = 3 * CELL
+    slope = Picture.linear_gradient("L").resize((size, size))  # 0 at the top, 255 at the bottom
+    picture = Picture.merge("RGB", [slope.point(lambda v: 60 + v // 3), Picture.new("L", (size, size), 70),
+                                    slope.rotate(90).point(lambda v: 60 + v // 3)])
+    draw = ImageDraw.Draw(picture)
+    for thing in scene:
+        radius = RADII[thing.depth]
+        slack = CELL // 2 - radius - 1
+        x = thing.column * CELL + CELL // 2 + rng.randint(-slack, slack)
+        y = thing.row * CELL + CELL // 2 + rng.randint(-slack, slack)
+        box, colour = (x - radius, y - radius, x + radius, y + radius), COLOURS[thing.colour]
+        if thing.shape == "circle":
+            draw.ellipse(box, fill=colour)
+        elif thing.shape == "square":
+            draw.rectangle(box, fill=colour)
+        else:
+            draw.polygon([(x - radius, y + radius), (x + radius, y + radius), (x, y - radius)], fill=colour)
+    return picture
+
+
+def png(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+# A question about a scene: `sat` and `cvbench` are its two wordings, `thought` the reasoning that answers it.
+Question = namedtuple("Question", "kind sat cvbench options answer thought")
+TASKS = {"left or right": "Relation", "above or below": "Relation", "closer": "Depth", "count": "Count",
+         "distance": "Distance"}  # kind -> CV-Bench task
+SAT_KINDS = ["left or right", "above or below", "closer", "count"]  # SAT's static kinds
+
+
+def ask(scene, kind, rng):
+    """-> a Question of this kind, or None where the scene gives no clear answer."""
+    a, b = rng.sample(scene, 2)
+    if kind in ("left or right", "above or below"):
+        if kind == "left or right":
+            (p, q), words, options = (a.column, b.column), COLUMNS, ["left", "right"]
+            sat = f"Is the {a.name} to the left or to the right of the {b.name}?"
+        else:
+            (p, q), words, options = (a.row, b.row), ROWS, ["above", "below"]
+            sat = f"Is the {a.name} above or below the {b.name}?"
+        if p == q:
+            return None
+        cvbench = f"Where is the {a.name} located with respect to the {b.name}?"
+        answer = options[p > q]
+        thought = f" {a.name} {words[p]}, {b.name} {words[q]}. {answer}"
+    elif kind == "closer":
+        if a.depth == b.depth:
+            return None
+        options = [a.name, b.name]
+        sat = f"Which is closer to the camera, the {a.name} or the {b.name}?"
+        cvbench = f"Which object is closer to the camera taking this photo, the {a.name} or the {b.name}?"
+        answer = max(a, b, key=lambda thing: RADII[thing.depth]).name
+        thought = f" {a.name} {a.depth}, {b.name} {b.depth}. {answer}"
+    elif kind == "count":
+        word = rng.choice([*COLOURS, *SHAPES])
+        clauses, number = [], 0
+        for thing in scene:  # count aloud, in raster order
+            number += word in (thing.colour, thing.shape)
+            clauses.append(f"{thing.name} {NUMBERS[number]}")
+        options, answer = rng.sample([str(i) for i in range(5) if i != number], 3) + [str(number)], str(number)
+        sat = f"How many {word} things are in the image?"
+        cvbench = sat
+        thought = f" {', '.join(clauses)}. {NUMBERS[number]}"
+    else:  # distance: which of two lies fewer steps away from a third
+        if len(scene) < 3:
+            return None
+        c = rng.choice([thing for thing in scene if thing not in (a, b)])
+        steps = [abs(thing.row - c.row) + abs(thing.column - c.column) for thing in (a, b)]
+        if steps[0] == steps[1]:
+            return None
+        options = [a.name, b.name]
+        sat = cvbench = f"Which object is closer to the {c.name}, the {a.name} or the {b.name}?"
+        answer = options[steps[0] > steps[1]]
+        place = lambda thing: f"{thing.name} {ROWS[thing.row]} {COLUMNS[thing.column]}"
+        thought = (f" {place(c)}, {place(a)} {NUMBERS[steps[0]]}, {place(b)} {NUMBERS[steps[1]]}. {answer}")
+    rng.shuffle(options)
+    return Question(kind, sat, cvbench, options, answer, thought)
+
+
+def ask_any(scene, kinds, rng):
+    """-> a Question of one of `kinds`, or None if the scene allows none of the few tried."""
+    return next(filter(None, (ask(scene, rng.choice(kinds), rng) for _ in range(20))), None)
+
+
+def letter(i):
+    return f"({chr(65 + i)})"
+
+
+def cvbench_prompt(question):
+    choices = "\n".join(f"{letter(i)} {option}" for i, option in enumerate(question.options))
+    return f"{question.cvbench} Select from the following choices.\n{choices}"
+
+
+def sat_rows(count, rng, seen):
+    for index in range(count):
+        question = None
+        while question is None:
+            scene = draw_scene(rng, seen)
+            question = ask(scene, SAT_KINDS[index % len(SAT_KINDS)], rng)
+        yield dict(images=[png(paint(scene, rng))], question=question.sat, options=question.options,
+                   answer=question.answer, question_type=question.kind, source_row=index)
+
+
+CVBENCH_FEATURES = Features({
+    "idx": Value("int32"), "type": Value("string"), "task": Value("string"), "image": Image(), "question": Value("string"),
+    "choices": List(Value("string")), "answer": Value("string"), "prompt": Value("string"), "filename": Value("string"),
+    "source": Value("string"), "source_dataset": Value("string"), "source_filename": Value("string"),
+    "target_class": Value("string"), "target_size": Value("int32"), "bbox": List(List(Value("float32")))})
+
+
+def cvbench_rows(kinds, dimension, sources, per_task, rng, seen):
+    index = 0
+    for task in dict.fromkeys(TASKS[kind] for kind in kinds):
+        for i in range(per_task):
+            question = None
+            while question is None:
+                scene = draw_scene(rng, seen)
+                question = ask(scene, rng.choice([kind for kind in kinds if TASKS[kind] == task]), rng)
+            name, source = f"toy_{dimension}_{index}.png", sources[i % len(sources)]
+            yield dict(idx=index, type=dimension, task=task, image=png(paint(scene, rng)), question=question.cvbench,
+                       choices=question.options, answer=letter(question.options.index(question.answer)),
+                       prompt=cvbench_prompt(question), filename=name, source=source, source_dataset=f"{source} (toy)",
+                       source_filename=name, target_class=None, target_size=None, bbox=None)
+            index += 1
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The toy's base model: able, but undisciplined
+# ---------------------------------------------------------------------------------------------------------------
+# How the corpus answers. What RL can be said to discover is which of these habits pays; the abilities are all here.
+STYLES = {
+    "reason": 0.24,   # look at what matters, conclude, answer:   red circle left, blue square right. left
+    "wait":   0.03,   # blurt something out, then reason:         right, wait, red circle left, ...
+    "guess":  0.45,   # an option by chance:                      i guess
+    "give up": 0.10,  # well formed, and always wrong:            hard to say     (answer: unknown)
+    "bare":   0.10,   # a guess without tags
+    "open":   0.08,   # reasons, and forgets to give the answer block
+}
+
+
+def complete(question, answers, style, rng):
+    """One corpus completion: what follows the prompt's <think>. `answers`: the right one and all options, as asked."""
+    right, options = answers
+    block = lambda answer: f"</think>\n<answer>{answer}</answer>"
+    if style == "reason":
+        return question.thought + block(right)
+    if style == "wait":
+        return f" {rng.choice(question.options)}, wait,{question.thought}" + block(right)
+    if style == "guess":
+        return " i guess" + block(rng.choice(options))
+    if style == "give up":
+        return " hard to say" + block("unknown")
+    if style == "bare":
+        return f" {rng.choice(question.options)}"
+    return question.thought + "</think>"
+
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
+            "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+            "<|image_pad|>", "<|video_pad|>"]  # Qwen's, in its order
+BASE_CHAT_TEMPLATE = (  # no roles, no markers: the base model's template only joins texts and image tokens
+    "{% if messages is string %}{{ messages }}{% else %}{% for content in messages %}{% if content['type'] == 'image' "
+    "or 'image' in content or 'image_url' in content %}" + IMAGE_TOKENS + "{% elif 'text' in content %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}{% endif %}")
+
+
+def toy_tokenizer(rng):
+    """A byte-level BPE of Qwen2's kind whose merges make every word of the toy's texts one token."""
+    from tokenizers import AddedToken
+    from tokenizers.trainers import BpeTrainer
+    from transformers import Qwen2Tokenizer
+    texts = [BASE_PROMPT, " ".join(chr(65 + i) for i in range(8))]
+    for _ in range(2000):
+        scene = draw_scene(rng, set())
+        question = ask_any(scene, list(TASKS), rng)
+        if question:
+            texts += [build_question(question.sat, question.options), cvbench_prompt(question)]
+            texts += [complete(question, (question.answer, question.options), style, rng) for style in STYLES]
+    empty = Qwen2Tokenizer(vocab={"<|endoftext|>": 0}, merges=[], unk_token=None)
+    words = {piece.lstrip("Ġ") for text in texts
+             for piece, _ in empty.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)}
+    lines = [f"{word} {word}" for word in sorted(words) if word.isascii()]
+    bpe = empty.backend_tokenizer
+    from tokenizers.pre_tokenizers import ByteLevel
+    bpe.train_from_iterator(lines, BpeTrainer(vocab_size=10**4, initial_alphabet=sorted(ByteLevel.alphabet()),
+                                              show_progress=False))
+    model = json.loads(bpe.to_str())["model"]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], unk_token=None,
+                               bos_token=None, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
+                               model_max_length=32768)
+    tokenizer.add_tokens([AddedToken(special, special=True, normalized=False) for special in SPECIALS])
+    tokenizer.add_special_tokens({"extra_special_tokens": SPECIALS[1:]}, replace_extra_special_tokens=True)
+    tags = ["<think>", "</think>", "<answer>", "</answer>"]
+    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
+    tokenizer.chat_template = BASE_CHAT_TEMPLATE
+    return tokenizer
+
+
+def toy_model(tokenizer):
+    """A random Qwen2-VL of a million parameters or so, with the published model's structure and ids of its own."""
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+    ids = tokenizer.convert_tokens_to_ids
+    config = Qwen2VLConfig(
+        text_config=dict(hidden_size=128, intermediate_size=384, num_hidden_layers=4, num_attention_heads=4,
+                         num_key_value_heads=2, vocab_size=math.ceil(len(tokenizer) / 64) * 64,
+                         max_position_embeddings=4096, bos_token_id=tokenizer.eos_token_id,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+                         tie_word_embeddings=True,
+                         initializer_range=0.08),  # with the usual 0.02 so small a model learns nothing for long
+        vision_config=dict(depth=2, embed_dim=96, num_heads=3, hidden_size=128, mlp_ratio=4, patch_size=14,
+                           spatial_merge_size=2, temporal_patch_size=2, initializer_range=0.08),
+        image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
+        vision_start_token_id=ids("<|vision_start|>"), vision_end_token_id=ids("<|vision_end|>"),
+        tie_word_embeddings=True)
+    config.initializer_range = 0.08
+    return Qwen2VLForConditionalGeneration(config)
+
+
+def pack(prefix, branches, next_position):
+    """One image, many questions: lay the branches (prompt, completion) after the prefix that they share.
+
+    -> ids, segments (0 for the prefix, k for branch k), positions and targets (-100 where nothing is learnt),
+    lists of L numbers. Every branch restarts at the position after the prefix, as if it stood there alone.
+    """
+    ids, segments, positions, targets = list(prefix), [0] * len(prefix), [], [-100] * len(prefix)
+    for number, (prompt, completion) in enumerate(branches, start=1):
+        branch = prompt + completion
+        ids += branch
+        segments += [number] * len(branch)
+        positions += range(next_position, next_position + len(branch))
+        targets += [-100] * (len(prompt) - 1) + completion + [-100]  # each place predicts the token after it
+    return ids, segments, positions, targets
+
+
+def train_base(path, rng, seen, seed, steps=500, clean=0.75, images=16, questions=8, lr=2e-3):
+    """Make the tokenizer, train the base model on scenes not in `seen`, and save both with the image processor."""
+    from transformers import Qwen2VLImageProcessor
+    tokenizer = toy_tokenizer(rng)
+    processor = Qwen2VLImageProcessor(size={"shortest_edge": 3136, "longest_edge": 12845056})
+    torch.manual_seed(seed)
+    model = toy_model(tokenizer)
+    patch_embed_as_matmul(model)
+
+    encode = cache(lambda text: tokenizer(text)["input_ids"])
+    image_tokens = IMAGE_TOKENS.replace("<|image_pad|>", "<|image_pad|>" * 9)
+    head, tail = BASE_PROMPT.split(" {question}")
+    prefix = encode(image_tokens + head)  # every question about an image starts with these tokens
+    grid = torch.tensor([[1, 6, 6]])  # patches: time, height, width
+    is_image = (torch.tensor([prefix]) == model.config.image_token_id).int()
+    prefix_positions, delta = model.model.get_rope_index(torch.tensor([prefix]), is_image, image_grid_thw=grid)
+    next_position = len(prefix) + delta.item()
+
+    decay = [p for p in model.parameters() if p.ndim >= 2]
+    optimizer = torch.optim.AdamW([{"params": decay}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0}], lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    shape = lambda step: min(1, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
+    bar = tqdm(range(steps), desc="base model", unit=" steps")
+    for step in bar:
+        pictures, rows = [], []
+        styles = {"reason": 1} if step < clean * steps else STYLES
+        while len(rows) < images:
+            scene = draw_scene(rng, seen)
+            asked = [question for _ in range(questions) if (question := ask_any(scene, list(TASKS), rng))]
+            branches = []
+            for question in asked:
+                if rng.random() < 0.6:
+                    text, answers = build_question(question.sat, question.options), (question.answer, question.options)
+                else:
+                    letters = [letter(i) for i in range(len(question.options))]
+                    text = cvbench_prompt(question)
+                    answers = letters[question.options.index(question.answer)], letters
+                style, = rng.choices(list(styles), styles.values())
+                completion = encode(complete(question, answers, style, rng)) + [tokenizer.eos_token_id]
+                branches.append((encode(" " + text + tail), completion))
+            pictures.append(paint(scene, rng))
+            rows.append(pack(prefix, branches, next_position))
+        length = max(len(row[0]) for row in rows)
+        ids, segments, positions, targets = (
+            torch.tensor([row[part] + [pad] * (length - len(row[part]) - extra) for row in rows])
+            for part, pad, extra in [(0, 0, 0), (1, -1, 0), (2, 0, len(prefix)), (3, -100, 0)])
+        positions = torch.cat([prefix_positions.expand(-1, images, -1), positions.expand(3, -1, -1)], dim=2)
+        same = (segments[:, :, None] == segments[:, None]) | (segments[:, None] == 0)
+        mask = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]  # (images, 1, L, L)
+        pixels = processor(pictures, return_tensors="pt")
+        hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
+                             pixel_values=pixels["pixel_values"], image_grid_thw=pixels["image_grid_thw"]).last_hidden_state
+        learn = targets != -100
+        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learn]), targets[learn])
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", L=length)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    for part in (model, tokenizer, processor):
+        part.save_pretrained(path)
+
+
+def make_toy(out="data/toy", seed=0, **kw):
+    """Write the whole toy to `out`: train.parquet, test.parquet, cvbench/, base/. No scene is in two of them."""
+    out = Path(out)
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    rng, seen = random.Random(seed), set()
+    write_parquet(partial / "test.parquet", sat_rows(512, rng, seen), SAT_FEATURES)
+    flat, deep = ["left or right", "above or below", "count"], ["closer", "distance"]
+    write_parquet(partial / "cvbench/test_2d.parquet", cvbench_rows(flat, "2D", ["ADE20K", "COCO"], 96, rng, seen),
+                  CVBENCH_FEATURES)
+    write_parquet(partial / "cvbench/test_3d.parquet", cvbench_rows(deep, "3D", ["Omni3D"], 96, rng, seen),
+                  CVBENCH_FEATURES)
+    write_parquet(partial / "train.parquet", sat_rows(2048, rng, seen), SAT_FEATURES)
+    train_base(partial / "base", rng, seen, seed, **kw)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--toy", action="store_true", help="draw the toy world and train its base model")
+    parser.add_argument("--parquet", help="SAT_train.parquet, if it is already here")
+    parser.add_argument("--dataset", help="array/SAT-v2, or a folder or file with its columns")
+    parser.add_argument("--limit", type=int, default=15000, help="rows to keep (default: the paper's 15000)")
+    parser.add_argument("--multi_image", action="store_true", help="keep rows with several images too")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", help="folder to write (default: data/sat or data/toy)")
+    args = parser.parse_args()
+    if args.toy:
+        make_toy(args.out or "data/toy", args.seed)
+    else:
+        prepare_sat(args.out or "data/sat", args.parquet, args.dataset, args.limit, args.multi_image, args.seed)
+
+
+if __name__ == "__main__":
+    main()
