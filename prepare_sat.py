@@ -427,7 +427,7 @@ def pack(prefix, branches, next_position):
     return ids, segments, positions, targets
 
 
-def train_base(path, rng, seen, seed, steps=500, clean=0.75, images=16, questions=8, lr=2e-3):
+def train_base(path, rng, seen, seed, steps=500, clean=0.75, images=16, questions=8, lr=2e-3, captions=0, cap_images=64):
     """Make the tokenizer, train the base model on scenes not in `seen`, and save both with the image processor."""
     from transformers import Qwen2VLImageProcessor
     tokenizer = toy_tokenizer(rng)
@@ -450,10 +450,17 @@ def train_base(path, rng, seen, seed, steps=500, clean=0.75, images=16, question
     shape = lambda step: min(1, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
     bar = tqdm(range(steps), desc="base model", unit=" steps")
+    caption_prefix = encode(image_tokens)[:-1]
     for step in bar:
         pictures, rows = [], []
+        n_images, pre = (cap_images, len(caption_prefix)) if step < captions else (images, len(prefix))
+        while step < captions and len(rows) < cap_images:
+            scene = draw_scene(rng, seen)
+            text = ",".join(f" {t.name} {t.depth} {ROWS[t.row]} {COLUMNS[t.column]}" for t in rng.sample(scene, len(scene)))
+            pictures.append(paint(scene, rng))
+            rows.append(pack(caption_prefix, [(encode(image_tokens)[-1:], encode(text) + [tokenizer.eos_token_id])], 4))
         styles = {"reason": 1} if step < clean * steps else STYLES
-        while len(rows) < images:
+        while len(rows) < n_images:
             scene = draw_scene(rng, seen)
             asked = [question for _ in range(questions) if (question := ask_any(scene, list(TASKS), rng))]
             branches = []
@@ -472,8 +479,8 @@ def train_base(path, rng, seen, seed, steps=500, clean=0.75, images=16, question
         length = max(len(row[0]) for row in rows)
         ids, segments, positions, targets = (
             torch.tensor([row[part] + [pad] * (length - len(row[part]) - extra) for row in rows])
-            for part, pad, extra in [(0, 0, 0), (1, -1, 0), (2, 0, len(prefix)), (3, -100, 0)])
-        positions = torch.cat([prefix_positions.expand(-1, images, -1), positions.expand(3, -1, -1)], dim=2)
+            for part, pad, extra in [(0, 0, 0), (1, -1, 0), (2, 0, pre), (3, -100, 0)])
+        positions = torch.cat([prefix_positions[:, :, :pre].expand(-1, n_images, -1), positions.expand(3, -1, -1)], dim=2)
         same = (segments[:, :, None] == segments[:, None]) | (segments[:, None] == 0)
         mask = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]  # (images, 1, L, L)
         pixels = processor(pictures, return_tensors="pt")
@@ -486,6 +493,7 @@ def train_base(path, rng, seen, seed, steps=500, clean=0.75, images=16, question
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if step % 10 == 9: print(step, loss.item(), length, flush=True)
         bar.set_postfix(loss=f"{loss.item():.3f}", L=length)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     for part in (model, tokenizer, processor):
