@@ -196,9 +196,8 @@ def paint(scene, rng):
     draw = ImageDraw.Draw(picture)
     for thing in scene:
         radius = RADII[thing.depth]
-        slack = CELL // 2 - radius - 1
-        x = thing.column * CELL + CELL // 2 + rng.randint(-slack, slack)
-        y = thing.row * CELL + CELL // 2 + rng.randint(-slack, slack)
+        x = thing.column * CELL + CELL // 2 + rng.randint(-1, 1)
+        y = thing.row * CELL + CELL // 2 + rng.randint(-1, 1)
         box, colour = (x - radius, y - radius, x + radius, y + radius), COLOURS[thing.colour]
         if thing.shape == "circle":
             draw.ellipse(box, fill=colour)
