@@ -28,15 +28,15 @@ from grpo_vision import (BASE_PROMPT, build_prompt, completion_text, end_tokens,
                          load_model, load_processors, open_image, row_text, sample, seeded, suppressed_tokens)
 
 # the paper's prompt for a direct answer, verbatim
-DIRECT_PROMPT = ("A conversation between User and Assistant. The user asks a question about the image, and the "
-                 "Assistant solves it.\nUser: {question} \nAssistant: ")
+DIRECT_PROMPT = ("A conversation between User and Assistant. The user asks a question about the image, and "
+                 "the Assistant solves it.\nUser: {question} \nAssistant: ")
 
 
 # ---- The questions ---------------------------------------------------------------------------------------
 
 def load_benchmark(path, limit=None):
-    """CV-Bench (hub id, folder or file) or a file of the training layout -> list of questions, each a dict with
-    id, task, source, images, text (what goes into the prompt template), options, answer (an option's text)."""
+    """CV-Bench (hub id, folder or file) or a file of the training layout -> list of questions, each a dict of
+    id, task, source, images, text (what the template is filled with), options, answer (an option's text)."""
     import datasets
     datasets.disable_progress_bars()
     local = Path(path)
@@ -67,7 +67,7 @@ def load_benchmark(path, limit=None):
             continue
         letter = re.fullmatch(r"\(([A-Z])\)", row["answer"].strip())
         if not letter or ord(letter[1]) - ord("A") >= len(row["choices"]):
-            fail(f"--data {path}, row {i}: answer {row['answer']!r} is none of the {len(row['choices'])} choices")
+            fail(f"--data {path}, row {i}: {row['answer']!r} is none of {len(row['choices'])} choices")
         questions.append({"id": i, "task": row["task"], "source": row["source"], "images": [row["image"]],
                           "text": row["prompt"], "options": row["choices"],
                           "answer": row["choices"][ord(letter[1]) - ord("A")]})
@@ -78,7 +78,7 @@ def load_benchmark(path, limit=None):
 
 def answer_questions(model, tokenizer, image_processor, questions, template=BASE_PROMPT, batch_size=32,
                      max_new_tokens=1024, temperature=0.0, seed=0, strict=False):
-    """Yield one record per question, batch by batch of prompts of like length; greedy unless temperature > 0."""
+    """Yield one record per question, in batches of prompts of like length; greedy unless temperature > 0."""
     suppressed, eos_ids = suppressed_tokens(model, tokenizer), end_tokens(tokenizer)
     generator = torch.Generator(model.device).manual_seed(seeded(seed, "evaluation").getrandbits(63))
     order = sorted(questions, key=lambda q: (len(tokenizer(q["text"]).input_ids), q["id"]))
@@ -95,7 +95,8 @@ def answer_questions(model, tokenizer, image_processor, questions, template=BASE
             extracted = extract_answer(completion, strict)
             yield {**{k: q[k] for k in ("id", "task", "source", "options", "answer")}, "prompt": prompt.text,
                    "completion": completion, "extracted": extracted, "length": len(ids),
-                   "finished": bool(rollout.finished[i]), "parsed": extract_answer(completion, True) is not None,
+                   "finished": bool(rollout.finished[i]),
+                   "parsed": extract_answer(completion, strict=True) is not None,
                    "correct": grade(extracted, q["answer"], q["options"], strict)}
 
 
@@ -107,8 +108,8 @@ def accuracy(records):
 
 
 def summarise(records):
-    """Records -> dict: accuracy with its standard error per task and in total (the paper's micro-average), the
-    official CV-Bench score where all three of its sources are there, unparsed rate (percent), mean length (tokens)."""
+    """Records -> dict: accuracy with standard error per task and in total (the paper's micro-average), CV-Bench's
+    official score if all three of its sources are there, unparsed answers (percent), mean length (tokens)."""
     groups = {key: defaultdict(list) for key in ("task", "source")}
     for record in records:
         for key, group in groups.items():
@@ -131,7 +132,7 @@ def table(name, summary):
 # ---- The command -----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
     parser.add_argument("--model", nargs="+", help="folders or hub ids; default: runs/toy/final and its base")
     parser.add_argument("--data", nargs="+", default=["data/toy/cvbench", "data/toy/test.parquet"],
                         help="CV-Bench (hub id, folder, file), or a file as prepare_sat.py writes it")
@@ -159,8 +160,9 @@ def main(argv=None):
         for name in args.model:
             tokenizer, image_processor = load_processors(name)
             model = load_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
-            answers = answer_questions(model, tokenizer, image_processor, questions, template, args.batch_size,
-                                       args.max_new_tokens, args.temperature, args.seed, args.strict)
+            answers = answer_questions(
+                model, tokenizer, image_processor, questions, template, args.batch_size, args.max_new_tokens,
+                args.temperature, args.seed, args.strict)
             file = Path(args.output_dir) / slug(name) / f"{slug(path)}-{mode}.jsonl"
             file.parent.mkdir(parents=True, exist_ok=True)
             records = []

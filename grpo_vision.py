@@ -166,7 +166,7 @@ class Prompt:
 
     @property
     def next_position(self):
-        """Position of the first completion token on all axes; below P, as h x w image tokens take max(h, w)."""
+        """Position of the first completion token, on all axes: h x w image tokens advance it by max(h, w)."""
         return int(self.position_ids.max()) + 1
 
 
@@ -270,7 +270,7 @@ def format_reward(completion, **_):
     return float(bool(WELL_FORMED.fullmatch(completion)) and all(completion.count(tag) == 1 for tag in TAGS))
 
 
-# name -> function(completion, **columns of the data row) -> float; completion: text from the prefilled <think> on
+# name -> function(completion, **columns of the data row) -> float; the completion starts with <think>
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
 
 
@@ -445,8 +445,8 @@ def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature
 
 
 class Policy(nn.Module):
-    """A model behind one door. accelerate wraps this module and its hooks run in `forward` only: every forward
-    of the trained weights, encoding or scoring, has to come through here."""
+    """A model behind one door. accelerate wraps this module and its hooks run in `forward` only, so every
+    forward of the trained weights, encoding or scoring, has to come through here."""
     def __init__(self, model, temperature, suppressed):
         super().__init__()
         self.model, self.temperature = model, temperature
@@ -614,6 +614,7 @@ def open_image(image, where, decode=True):
 def load_data(cfg, tokenizer, image_processor):
     """-> `datasets` table, its path, and the numbers of the rows whose prompt fits max_prompt_length."""
     import datasets
+    datasets.disable_progress_bars()
     path = Path(cfg.data) / "train.parquet" if Path(cfg.data).is_dir() else Path(cfg.data)
     if not path.exists():
         fail(f"--data {path} does not exist; `python prepare_sat.py` makes data/sat, and with --toy data/toy")
@@ -622,7 +623,7 @@ def load_data(cfg, tokenizer, image_processor):
     except Exception as error:  # whatever pyarrow and datasets raise on a file that is no Parquet file
         fail(f"--data {path} is not a Parquet file that can be read: {str(error).strip().splitlines()[0]}")
     if missing := sorted({"images", "question", "options", "answer"} - set(data.column_names)):
-        fail(f"--data {path} has no column {missing[0]!r} ({', '.join(data.column_names)}); use prepare_sat.py")
+        fail(f"--data {path} has no column {missing[0]!r} ({', '.join(data.column_names)})")
     data = data.cast_column("images", datasets.List(datasets.Image(decode=False)))
 
     def prompt_length(number, row):
@@ -641,8 +642,8 @@ def load_data(cfg, tokenizer, image_processor):
 
 
 def seeded(*key):
-    """random.Random of `key` alone: each draw has a key of its own, (seed, purpose, step, rank), and depends on
-    no draw before it, so that a resumed run has nothing to replay."""
+    """random.Random of `key` alone. Each draw has its own key, (seed, purpose, step, rank), and depends on no
+    draw before it, so that a resumed run has nothing to replay."""
     return random.Random("/".join(map(str, key)))
 
 
@@ -703,6 +704,7 @@ def cut_jsonl(path, step):
 def main(argv=None):
     cfg = parse_config(argv)
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     # The launcher sets OMP_NUM_THREADS=1, plain python does not: their bits would differ without this line.
     torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     output_dir = choose_output_dir(cfg)
@@ -791,7 +793,7 @@ def main(argv=None):
         if not sane:
             append_jsonl(output_dir / "bad_batch.jsonl", samples)
             fail(f"step {step + 1}: loss {sums['loss']}, gradient norm {grad_norm}; the batch is in "
-                 f"{output_dir}/bad_batch.jsonl, the last checkpoint is kept; lower --learning_rate and --resume")
+                 f"{output_dir}/bad_batch.jsonl and the last checkpoint stays; lower --learning_rate and --resume")
         mismatch = (old_logps - rollout.sampling_logps) * rollout.completion_mask
         phases, tokens = ("rollout", "reference", "update"), sum(lengths)
         metrics = {

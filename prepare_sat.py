@@ -492,7 +492,12 @@ def train_base(path, rng, seen, seed, steps=500, clean=0.75, images=16, question
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 10 == 9: print(step, loss.item(), length, flush=True)
+        if step % 20 == 19:  # DEBUG
+            each = torch.nn.functional.cross_entropy(model.lm_head(hidden[learn]), targets[learn], reduction="none")
+            names = [t.strip("Ġ") for t in tokenizer.convert_ids_to_tokens(targets[learn].tolist())]
+            sets = {"colour": COLOURS, "shape": SHAPES, "depth": RADII, "row": ROWS, "col": COLUMNS, "num": NUMBERS, "pun": [",", ".", "<|endoftext|>"], "ans": ["(A", "(B", "(C", "(D", "below", "above"]}
+            import time
+            print(step, f"{time.process_time():.0f}s {loss.item():.3f}", " ".join(f"{k} {each[[n in v for n in names]].mean().item():.3f}" for k, v in sets.items()), flush=True)
         bar.set_postfix(loss=f"{loss.item():.3f}", L=length)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     for part in (model, tokenizer, processor):
