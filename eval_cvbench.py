@@ -14,6 +14,9 @@ like this:
 Every question's prompt, completion, extracted answer and verdict is kept in results/MODEL/DATA-MODE.jsonl.
 """
 import argparse
+import base64
+import html
+import io
 import json
 import os
 import re
@@ -24,7 +27,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from grpo_vision import (BASE_PROMPT, build_prompt, completion_text, end_tokens, extract_answer, fail, grade,
+from grpo_vision import (BASE_PROMPT, append_jsonl, build_prompt, completion_text, end_tokens, extract_answer, fail, grade,
                          load_model, load_processors, open_image, row_text, sample, seeded, suppressed_tokens)
 
 # the paper's prompt for a direct answer, verbatim
@@ -59,7 +62,8 @@ def load_benchmark(path, limit=None):
     table = table.cast_column("image", raw) if cvbench else table.cast_column("images", datasets.List(raw))
     head, tail = BASE_PROMPT.split("{question}")
     questions = []
-    for i, row in enumerate(table.select(range(min(limit or len(table), len(table))))):
+    n = min(limit or len(table), len(table))
+    for i, row in enumerate(table.select([i * len(table) // n for i in range(n)])):  # evenly: all tasks are in
         if not cvbench:  # row_text without the template around it
             questions.append({"id": i, "task": row.get("question_type") or "all", "source": "held-out",
                               "images": row["images"], "options": row["options"], "answer": row["answer"],
@@ -129,6 +133,175 @@ def table(name, summary):
     return f"{name}\n" + "".join(f"    {key:24s} {cell(value)}\n" for key, value in summary.items())
 
 
+# ---- A run to look at: curves.png and rollouts.html --------------------------------------------------------------
+
+REFLECTION = re.compile("aha|check|possibl|verify|wait|yet", re.IGNORECASE)  # the words that the authors count
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def track(run, step, model, tokenizer, image_processor, data, cfg):
+    """Called while training: score the model, greedy, on a few fixed questions of each set (cfg.eval_data,
+    eval_limit) -> RUN/eval.jsonl; then bring the curves and the page of rollouts up to date."""
+    for path in cfg.eval_data.split(","):
+        questions = load_benchmark(path, cfg.eval_limit)
+        records = list(tqdm(
+            answer_questions(model, tokenizer, image_processor, questions, max_new_tokens=cfg.max_completion_length),
+            f"evaluation on {path}", total=len(questions), leave=False))
+        append_score(run / "eval.jsonl", step, path, records)
+    if step > 0:
+        draw_curves(run)
+        write_page(run, data)
+
+
+def append_score(path, step, name, records):
+    score, error = accuracy(records)
+    length = sum(r["length"] for r in records) / len(records)
+    append_jsonl(path, [{"step": step, "set": name, "questions": len(records), "accuracy": score,
+                         "standard_error": error, "mean_length": length}])
+
+
+def report(run):
+    """The end of a training run in a few lines: before and after, what to open, what to try next."""
+    metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "eval.jsonl")
+    for name in dict.fromkeys(s["set"] for s in scores):
+        first, *_, last = [s for s in scores if s["set"] == name] * 2
+        print(f"{name}: accuracy {first['accuracy']:.1f} -> {last['accuracy']:.1f} % (± {last['standard_error']:.1f}, "
+              f"{last['questions']} questions, greedy), {first['mean_length']:.1f} -> {last['mean_length']:.1f} tokens")
+    if scores:
+        print(f"look at:  {run}/curves.png, {run}/rollouts.html")
+    print(f"the model: {run}/final, trained in {sum(m['seconds/rollout'] + m['seconds/reference'] + m['seconds/update'] for m in metrics):.0f} s")
+    print(f"try next: python eval_cvbench.py --run {run}   (every checkpoint on whole sets)\n"
+          f"          python grpo_vision.py --loss_type dr_grpo --scale_rewards false")
+
+
+def smooth(values, width):
+    """Running mean over `width` values around each, shorter at the ends, so that a short run still has a curve."""
+    half = width // 2
+    return [sum(part) / len(part) for part in (values[max(0, i - half):i + half + 1] for i in range(len(values)))]
+
+
+def draw_curves(run):
+    """RUN/metrics.jsonl, eval.jsonl and completions.jsonl -> RUN/curves.png, after Figure 1 of the paper: accuracy on
+    fixed questions (with its standard error) and mean response length of the rollouts against the training step.
+    Works for a run of any length, finished or not."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "eval.jsonl")
+    if not metrics:
+        fail(f"{run}/metrics.jsonl has no step yet; there is nothing to draw")
+    steps, width = [m["step"] for m in metrics], max(1, len(metrics) // 12)
+    reflecting = defaultdict(list)
+    for sample in read_jsonl(run / "completions.jsonl"):
+        reflecting[sample["step"]].append(bool(REFLECTION.search(sample["completion"])))
+
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.25})
+    figure = plt.figure(figsize=(9, 7), layout="constrained")
+    rows = figure.subfigures(2, 1, height_ratios=[3, 2.4])
+    top = rows[0].subplots()
+    for color, name in zip(("tab:blue", "tab:cyan", "tab:purple"), dict.fromkeys(s["set"] for s in scores)):
+        line = [s for s in scores if s["set"] == name]
+        x, y = [s["step"] for s in line], [s["accuracy"] for s in line]
+        top.plot(x, y, "o-", color=color, ms=4, label=f"accuracy on {Path(name).stem} ({line[0]['questions']} questions)")
+        top.fill_between(x, [s["accuracy"] - s["standard_error"] for s in line],
+                         [s["accuracy"] + s["standard_error"] for s in line], color=color, alpha=0.15, lw=0)
+    top.set(xlabel="training step", ylabel="accuracy, % (band: 1 standard error)", xlim=(0, max(steps)), ylim=(0, 100))
+    right = top.twinx()
+    lengths = [m["completions/mean_length"] for m in metrics]
+    right.plot(steps, lengths, color="tab:red", lw=0.8, alpha=0.35)
+    right.plot(steps, smooth(lengths, width), color="tab:red", lw=2, label="response length of the rollouts")
+    right.set_ylabel("tokens", color="tab:red")
+    right.set_ylim(0, 1.15 * max(lengths))
+    right.grid(False)
+    handles = [axis.get_legend_handles_labels() for axis in (top, right)]
+    top.legend(*(a + b for a, b in zip(*handles)), loc="lower right", framealpha=0.9)
+
+    panels = rows[1].subplots(2, 3, sharex=True).flat
+    parts = [key for key in metrics[0] if key.startswith("rewards/")]
+    curves = [("reward", {key.removeprefix("rewards/"): [m[key] for m in metrics] for key in parts}),
+              ("KL to the start, per token", {"": [m["kl"] for m in metrics]}),
+              ("entropy per token, nats", {"": [m["entropy"] for m in metrics]}),
+              ("groups without spread", {"": [m["frac_reward_zero_std"] for m in metrics]}),
+              ("rollouts with a reflection word", {"": [sum(reflecting[s]) / max(1, len(reflecting[s])) for s in steps]}),
+              ("rollouts cut at the token limit", {"": [m["completions/clipped_ratio"] for m in metrics]})]
+    for panel, (title, lines) in zip(panels, curves):
+        for (label, values), color in zip(lines.items(), ("tab:green", "tab:orange", "tab:brown", "tab:gray")):
+            panel.plot(steps, values, color=color, lw=0.7, alpha=0.35)
+            panel.plot(steps, smooth(values, width), color=color, label=label)
+        panel.set_title(title, fontsize=9)
+        panel.set_ylim(bottom=0)
+        if len(lines) > 1:
+            panel.legend(fontsize=8)
+    figure.savefig(run / "curves.png", dpi=130)
+    plt.close(figure)
+
+
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Rollouts of {run}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+h2 {{ border-bottom: 1px solid #ccc; margin-top: 2.5rem }}
+.question {{ display: flex; gap: 1rem; margin: 1.2rem 0 .4rem }}
+.question img {{ max-width: 11rem; max-height: 11rem; image-rendering: auto; border: 1px solid #ccc }}
+.right {{ background: #d9f2d9; border-radius: .3rem; padding: 0 .4rem; font-weight: 600 }}
+table {{ border-collapse: collapse; width: 100% }} td, th {{ padding: .25rem .5rem; text-align: right; vertical-align: top }}
+td.text {{ text-align: left; white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: 13px }}
+tr.up {{ background: #e9f7e9 }} tr.down {{ background: #fbe9e7 }} tr.zero {{ background: #f4f4f4 }}
+</style>
+<h1>Rollouts of {run}</h1>
+<p>What the policy said to a few training questions as it learned. Each table is one group: G completions of one
+prompt. Green rows were better than their group and are made likelier, red ones less likely; the advantage says how
+strongly. Grey: all equal, nothing to learn.</p>
+{body}</html>"""
+
+
+def write_page(run, data, most_steps=8, most_questions=2):
+    """RUN/completions.jsonl and the training table -> RUN/rollouts.html: one self-contained page, few groups of few
+    steps. All model output and data is escaped: a completion that contains markup shows as text."""
+    samples = defaultdict(lambda: defaultdict(list))  # step -> row number -> completions
+    for sample in read_jsonl(run / "completions.jsonl"):
+        samples[sample["step"]][sample["row"]].append(sample)
+    steps = sorted(samples)
+    shown = sorted({steps[round(i * (len(steps) - 1) / (most_steps - 1))] for i in range(most_steps)}) if steps else []
+    body = []
+    for step in shown:
+        body.append(f"<h2>Step {step}</h2>")
+        # those with spread first: where all completions score the same there is little to see
+        groups = sorted(samples[step].values(), key=lambda g: len({s["reward"] for s in g}) == 1)[:most_questions]
+        for group in groups:
+            row = data[group[0]["row"]]
+            pictures = "".join(f'<img alt="image of the question" src="{data_url(image)}">' for image in row["images"])
+            body.append(f'<div class="question">{pictures}<div>{html.escape(row["question"])}<br>'
+                        f'Options: {html.escape(", ".join(row["options"]))}<br>'
+                        f'Right answer: <span class="right">{html.escape(row["answer"])}</span></div></div>')
+            names = [key for key in group[0] if key.startswith("rewards/")]
+            heads = "".join(f"<th>{html.escape(name.removeprefix('rewards/'))}</th>" for name in names)
+            body.append(f'<table><tr><th style="text-align:left">completion</th>{heads}<th>tokens</th><th>advantage</th></tr>')
+            for sample in group:
+                sign = "up" if sample["advantage"] > 0 else "down" if sample["advantage"] < 0 else "zero"
+                cells = "".join(f"<td>{sample[name]:g}</td>" for name in names)
+                body.append(f'<tr class="{sign}"><td class="text">{html.escape(sample["completion"])}</td>{cells}'
+                            f'<td>{sample["length"]}</td><td>{sample["advantage"]:+.2f}</td></tr>')
+            body.append("</table>")
+    page = PAGE.format(run=html.escape(str(run)), body="\n".join(body))
+    partial = run / "rollouts.html.tmp"
+    partial.write_text(page)
+    partial.rename(run / "rollouts.html")
+
+
+def data_url(image, side=224):
+    """{"bytes", "path"} -> a small PNG or JPEG inside a URL, so that the page needs no other file."""
+    picture = open_image(image, "an image of the page").convert("RGB")
+    picture.thumbnail((side, side))
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG" if max(picture.size) <= 96 else "JPEG")
+    kind = "png" if max(picture.size) <= 96 else "jpeg"
+    return f"data:image/{kind};base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
 # ---- The command -----------------------------------------------------------------------------------------
 
 def main(argv=None):
@@ -136,7 +309,7 @@ def main(argv=None):
     parser.add_argument("--model", nargs="+", help="folders or hub ids; default: runs/toy/final and its base")
     parser.add_argument("--data", nargs="+", default=["data/toy/cvbench", "data/toy/test.parquet"],
                         help="CV-Bench (hub id, folder, file), or a file as prepare_sat.py writes it")
-    parser.add_argument("--limit", type=int, help="only the first LIMIT questions")
+    parser.add_argument("--limit", type=int, help="only so many questions, evenly spread")
     parser.add_argument("--batch_size", type=int, default=32, help="questions decoded together")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens at most per answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, as in the paper")

@@ -83,6 +83,8 @@ class Config:
     epsilon: float = setting(0.2, "the ratio is clipped below 1 - epsilon")
     epsilon_high: Optional[float] = setting(None, "and above 1 + epsilon_high; default: epsilon")
     num_iterations: int = setting(1, "updates per rollout; the clip can act only from the second on")
+    loss_type: str = setting("grpo", "how tokens are averaged: grpo, dr_grpo or dapo, see LOSS_TYPES")
+    scale_rewards: bool = setting(True, "divide advantages by the group's std (false: Dr. GRPO)")
     # optimizer
     max_steps: int = setting(1500, "training steps, one rollout each")
     learning_rate: float = setting(1e-6, "AdamW's rate at the start; falls linearly to 0 at max_steps")
@@ -92,12 +94,15 @@ class Config:
     score_tokens: int = setting(4096, "completion tokens scored at a time: bounds the memory of the update")
     attn_implementation: str = setting("sdpa", "sdpa, eager, or flash_attention_2 if installed")
     save_steps: int = setting(100, "steps between checkpoints")
+    eval_steps: int = setting(100, "steps between evaluations while training; 0: none")
+    eval_data: str = setting("nyu-visionx/CV-Bench", "comma-separated sets, as eval_cvbench.py takes them")
+    eval_limit: int = setting(128, "questions of each set, the same ones every time")
     log_with: Optional[str] = setting(None, "an accelerate tracker besides metrics.jsonl: tensorboard, ...")
 
 
 PRESETS = {
-    "toy": dict(prompts_per_step=16, max_completion_length=64, max_steps=80, save_steps=40,
-                learning_rate=3e-4),
+    "toy": dict(prompts_per_step=16, max_completion_length=64, max_steps=80, learning_rate=3e-4,
+                save_steps=40, eval_steps=10, eval_data="data/toy/cvbench,data/toy/test.parquet"),
     # the paper's recipe is Config's defaults; 401,408 pixels are 512 image tokens of 28 x 28
     "sat": dict(model_name_or_path="Qwen/Qwen2-VL-2B", data="data/sat", min_pixels=3136, max_pixels=401408),
 }
@@ -115,6 +120,8 @@ def parse_config(argv=None):
         fail(f"unknown argument {unknown[0]}; `python grpo_vision.py --help` lists them all")
     if bad := [name for name in cfg.rewards.split(",") if name not in REWARDS]:
         fail(f"--rewards {bad[0]} is unknown; choose from: {', '.join(REWARDS)}")
+    if cfg.loss_type not in LOSS_TYPES:
+        fail(f"--loss_type {cfg.loss_type} is unknown; choose one of: {', '.join(LOSS_TYPES)}")
     if cfg.num_generations < 2:
         fail(f"--num_generations {cfg.num_generations}: a completion is measured by its group, so at least 2")
     if cfg.temperature <= 0:
@@ -276,14 +283,17 @@ REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
 
 # ---- Step 4: the advantages ------------------------------------------------------------------------------
 
-def group_advantages(rewards, num_generations):
+def group_advantages(rewards, num_generations, scale_rewards=True):
     """(N,) rewards, prompt-major -> (N,) advantages A = (R - mean) / (std + 1e-4) per group; unbiased std.
 
     The group is its own baseline: no value network (DeepSeekMath, arXiv 2402.03300, section 4.1.2; the 1e-4
-    is the reference code's). A group whose rewards are all equal teaches nothing and gets exactly 0.
+    is the reference code's). scale_rewards=False leaves A = R - mean: the std gives more weight to questions
+    nearly always right, or wrong (Dr. GRPO, arXiv 2503.20783). A group without spread gets exactly 0.
     """
     groups = rewards.view(-1, num_generations)                                                    # (B, G)
-    A = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)            # (B, G)
+    A = groups - groups.mean(1, keepdim=True)                                                     # (B, G)
+    if scale_rewards:
+        A = A / (groups.std(1, keepdim=True) + 1e-4)
     has_spread = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)  # std > 0 could be rounding
     return torch.where(has_spread, A, 0.0).view(-1)                                               # (N,)
 
@@ -461,12 +471,22 @@ class Policy(nn.Module):
 
 # ---- Step 6: the loss and the update ---------------------------------------------------------------------
 
-def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, completion_mask,
-              num_sequences, epsilon, epsilon_high, beta):
-    """The loss of R of the step's `num_sequences` rows; over all chunks it adds up to the loss of the step.
+# What a token counts in the loss of a step, for each row (N,), from the rows' lengths (N,) and their limit.
+LOSS_TYPES = {
+    # mean over rows of mean over tokens: every row counts the same, so a token of a long row counts less
+    "grpo": lambda lengths, limit: 1 / (len(lengths) * lengths),
+    # sum over tokens / a constant, which favours no length (Dr. GRPO, arXiv 2503.20783)
+    "dr_grpo": lambda lengths, limit: torch.full_like(lengths, 1 / (len(lengths) * limit)),
+    # mean over all tokens of the step, as in TRL (DAPO, arXiv 2503.14476: over all tokens of a group)
+    "dapo": lambda lengths, limit: torch.full_like(lengths, 1 / lengths.sum()),
+}
 
-    *_logps, completion_mask: (R, C), advantages: (R,); no reference is needed if beta is 0 (arXiv
-    2402.03300, eq. 3).
+
+def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, token_weights,
+              completion_mask, epsilon, epsilon_high, beta):
+    """The loss of R of the step's rows (arXiv 2402.03300, eq. 3); over all chunks it adds up to the step's.
+
+    *_logps, completion_mask: (R, C); advantages, token_weights: (R,). If beta is 0 no reference is needed.
     Returns loss, and for the log kl (R, C) and where the clip acts (R, C).
 
     With num_iterations 1, pi_old is pi itself: the ratio is 1 and the clip never acts. Advantages of a
@@ -485,9 +505,9 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
         log_ratio = ref_per_token_logps - per_token_logps
         kl = log_ratio.exp() - log_ratio - 1                                                      # (R, C)
         per_token_loss = per_token_loss + beta * kl
-    # mean over rows of mean over tokens
-    per_row = (per_token_loss * completion_mask).sum(1) / completion_mask.sum(1)                  # (R,)
-    return per_row.sum() / num_sequences, kl.detach(), clipped * A < ratio * A
+    # mean over rows of mean over tokens, or what else LOSS_TYPES weighs them by
+    per_row = (per_token_loss * completion_mask).sum(1)                                           # (R,)
+    return (per_row * token_weights).sum(), kl.detach(), clipped * A < ratio * A
 
 
 def chunks(lengths, score_tokens):
@@ -542,6 +562,8 @@ def update(policy, prompts, rollout, advantages, ref_per_token_logps, old_per_to
     """
     per_token_logps = torch.zeros_like(rollout.sampling_logps)
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip"), 0.0)
+    lengths = rollout.completion_mask.sum(1).to(per_token_logps.dtype)                            # (N,)
+    token_weights = LOSS_TYPES[cfg.loss_type](lengths, cfg.max_completion_length)                 # (N,)
     for group, prompt in enumerate(prompts):
         prompt_kv = policy(prompt)
         leaves = [[x.detach().requires_grad_() for x in kv] for kv in prompt_kv]
@@ -550,7 +572,7 @@ def update(policy, prompts, rollout, advantages, ref_per_token_logps, old_per_to
             logps, entropy = policy(prompt, leaves, ids, mask)                                    # (R, C)
             old = logps.detach() if old_per_token_logps is None else old_per_token_logps[rows, :C]
             ref = ref_per_token_logps[rows, :C] if cfg.beta > 0 else None
-            loss, kl, clipped = grpo_loss(logps, old, ref, advantages[rows], mask, len(advantages),
+            loss, kl, clipped = grpo_loss(logps, old, ref, advantages[rows], token_weights[rows], mask,
                                           cfg.epsilon, cfg.epsilon_high, cfg.beta)
             loss.backward()                                                                       # stage 1
             per_token_logps[rows, :C] = logps.detach()
@@ -695,13 +717,15 @@ def append_jsonl(path, records):
 
 def cut_jsonl(path, step):
     """Drop what came after `step`: a resumed run writes it again."""
-    lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-    path.write_text("".join(line + "\n" for line in lines))
+    if path.exists():
+        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
+        path.write_text("".join(line + "\n" for line in lines))
 
 
 # ---- The main loop ---------------------------------------------------------------------------------------
 
 def main(argv=None):
+    import eval_cvbench  # draws and evaluates; it imports this module, so not before this module is whole
     cfg = parse_config(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -733,7 +757,7 @@ def main(argv=None):
     output_dir.mkdir(parents=True, exist_ok=True)
     if cfg.resume:
         optimizer.load_state_dict(torch.load(start / "state" / "trainer.pt")["optimizer"])
-        for name in ("metrics.jsonl", "completions.jsonl"):
+        for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):
             cut_jsonl(output_dir / name, done)
     (output_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
     accelerator.init_trackers("grpo_vision", config=dataclasses.asdict(cfg))
@@ -741,6 +765,8 @@ def main(argv=None):
     print(f"{output_dir}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, "
           f"{len(kept)} questions, {cfg.prompts_per_step} prompts x {G} completions per step")
 
+    if cfg.eval_steps and not cfg.resume:
+        eval_cvbench.track(output_dir, 0, model, tokenizer, image_processor, data, cfg)
     progress = tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps)
     for step in progress:
         clock = [time.perf_counter()]
@@ -766,7 +792,7 @@ def main(argv=None):
                    for name in cfg.rewards.split(",")}                                            # each (N,)
         reward = sum(rewards.values()).to(device)                                                 # (N,)
         # 4. their advantages
-        advantages = group_advantages(reward, G)                                                  # (N,)
+        advantages = group_advantages(reward, G, cfg.scale_rewards)                               # (N,)
         # 5. the frozen start's log-probabilities; the policy's own come with the update
         ref_logps = None
         if cfg.beta > 0:
@@ -792,8 +818,8 @@ def main(argv=None):
                    for i, text in enumerate(texts)]
         if not sane:
             append_jsonl(output_dir / "bad_batch.jsonl", samples)
-            fail(f"step {step + 1}: loss {sums['loss']}, gradient norm {grad_norm}; the batch is in "
-                 f"{output_dir}/bad_batch.jsonl and the last checkpoint stays; lower --learning_rate and --resume")
+            fail(f"step {step + 1}: loss {sums['loss']}, gradient norm {grad_norm}; lower --learning_rate and "
+                 f"--resume from the last checkpoint; the batch is in {output_dir}/bad_batch.jsonl")
         mismatch = (old_logps - rollout.sampling_logps) * rollout.completion_mask
         phases, tokens = ("rollout", "reference", "update"), sum(lengths)
         metrics = {
@@ -815,12 +841,14 @@ def main(argv=None):
                        + "  ".join(f"{name} {r.mean():.2f}" for name, r in rewards.items())
                        + f"  length {tokens / len(texts):.1f}  kl {metrics['kl']:.3f}"
                        + f"  {clock[-1] - clock[0]:.1f} s")
+        if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or step + 1 == cfg.max_steps):
+            eval_cvbench.track(output_dir, step + 1, model, tokenizer, image_processor, data, cfg)
         if (step + 1) % cfg.save_steps == 0 or step + 1 == cfg.max_steps:
             save_model(output_dir / f"checkpoint-{step + 1}", model, tokenizer, image_processor,
                        state={"optimizer": optimizer.state_dict()})
     save_model(output_dir / "final", model, tokenizer, image_processor)
     accelerator.end_training()
-    print(f"done: {output_dir}/final; `python eval_cvbench.py --model {output_dir}/final` evaluates it")
+    eval_cvbench.report(output_dir)
 
 
 if __name__ == "__main__":
