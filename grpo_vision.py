@@ -166,10 +166,10 @@ def row_text(row):
 class Prompt:
     """One question with its images, as the model takes it."""
     text: str                                      # without the image tokens
-    input_ids: torch.Tensor                                                     # (1, P) with the image tokens
-    position_ids: torch.Tensor                        # (3, 1, P) M-RoPE: time, height and width of each token
-    pixel_values: Optional[torch.Tensor] = None                     # (patches of all images, 3 * 2 * 14 * 14)
-    image_grid_thw: Optional[torch.Tensor] = None           # (images, 3) patches along time, height and width
+    input_ids: torch.Tensor                        # (1, P) with the image tokens
+    position_ids: torch.Tensor                     # (3, 1, P) M-RoPE: time, height and width of each token
+    pixel_values: Optional[torch.Tensor] = None    # (patches of all images, 3 * 2 * 14 * 14)
+    image_grid_thw: Optional[torch.Tensor] = None  # (images, 3) patches along time, height and width
 
     @property
     def next_position(self):
@@ -277,7 +277,7 @@ def format_reward(completion, **_):
     return float(bool(WELL_FORMED.fullmatch(completion)) and all(completion.count(tag) == 1 for tag in TAGS))
 
 
-# name -> function(completion, **columns of the data row) -> float; the completion starts with <think>
+# name -> function(completion, num_tokens, **columns of the data row) -> float; completion starts with <think>
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
 
 
@@ -680,9 +680,7 @@ def draw(rows, seed, first, count):
 def choose_output_dir(cfg):
     """-> Path. A folder named by hand must be new, unless --overwrite or --resume says what to do with it."""
     path, n = Path(cfg.output_dir or f"runs/{cfg.preset}"), 1
-    if cfg.overwrite and not cfg.resume:
-        shutil.rmtree(path, ignore_errors=True)
-    while path.exists() and not cfg.resume:
+    while path.exists() and not (cfg.resume or cfg.overwrite):
         if cfg.output_dir:
             fail(f"--output_dir {path} exists; --resume goes on with it, --overwrite deletes it")
         path, n = Path(f"runs/{cfg.preset}-{n + 1}"), n + 1
@@ -754,6 +752,8 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     policy, optimizer = accelerator.prepare(policy, optimizer)
 
+    if cfg.overwrite and not cfg.resume:
+        shutil.rmtree(output_dir, ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
     if cfg.resume:
         optimizer.load_state_dict(torch.load(start / "state" / "trainer.pt")["optimizer"])
@@ -788,7 +788,8 @@ def main(argv=None):
                  for i in range(B * G)]
         clock.append(time.perf_counter())
         # 3. their rewards
-        rewards = {name: torch.tensor([REWARDS[name](text, **rows[i // G]) for i, text in enumerate(texts)])
+        rewards = {name: torch.tensor([REWARDS[name](text, num_tokens=lengths[i], **rows[i // G])
+                                       for i, text in enumerate(texts)])
                    for name in cfg.rewards.split(",")}                                            # each (N,)
         reward = sum(rewards.values()).to(device)                                                 # (N,)
         # 4. their advantages
@@ -819,7 +820,7 @@ def main(argv=None):
         if not sane:
             append_jsonl(output_dir / "bad_batch.jsonl", samples)
             fail(f"step {step + 1}: loss {sums['loss']}, gradient norm {grad_norm}; lower --learning_rate and "
-                 f"--resume from the last checkpoint; the batch is in {output_dir}/bad_batch.jsonl")
+                 f"--resume from the last checkpoint (the batch: {output_dir}/bad_batch.jsonl)")
         mismatch = (old_logps - rollout.sampling_logps) * rollout.completion_mask
         phases, tokens = ("rollout", "reference", "update"), sum(lengths)
         metrics = {

@@ -51,7 +51,8 @@ EOS, BETA, PHASES = 0, 0.04, ("rollout", "reference", "update")
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = dict(prompts=1, num_generations=8, completion_length=128, image_size=504, text_tokens=56, repeats=3, **SHAPE)
+    sizes = dict(prompts=1, num_generations=8, completion_length=128, image_size=504, text_tokens=56, repeats=3,
+                 threads=os.cpu_count(), **SHAPE)
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--score_tokens", type=int, help="tokens scored at a time; default 4096, in the memory part 256")
@@ -234,29 +235,136 @@ def compare(args):
     return lines, agreement
 
 
+def held(peak=False):
+    """MiB that this process holds, on the GPU or else resident; peak: the most since `forget_peak`."""
+    if torch.cuda.is_available():
+        return (torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()) / 2**20
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:" if peak else "VmRSS:") + 1]) / 1024
+
+
+def forget_peak():
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")  # Linux: the high-water mark falls to what is resident now
+
+
 def measure_update(args):
     """In a fresh process: print the peak memory of one update above what was held before, in MiB."""
     model, ways, advantages = build(args)
-    way = ways[args.measure == "ours"]
-    N, C, device = len(advantages), args.completion_length, model.device
-    rollout = gv.Rollout(torch.randint(1, model.config.image_token_id, (N, C), device=device),
-                         torch.ones(N, C, dtype=torch.bool, device=device), torch.zeros(N, C, device=device), None)
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # in both ways it is there all through training
-    small = copy.copy(args)
-    small.num_generations, small.completion_length = 2, 2
-    
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # the high-water mark falls to what is resident now
-        before = resident("VmRSS")
-    way.update(rollout, advantages, torch.zeros(N, C, device=device))
-    print(((torch.cuda.max_memory_allocated() if device.type == "cuda" else resident("VmHWM")) - before) / 2**20)
+        parameter.grad = torch.zeros_like(parameter)  # in both ways it is there from the second step on
+
+    def update(completion_length):
+        ids = torch.randint(1, model.config.image_token_id, (len(advantages), completion_length), device=model.device)
+        logps = torch.zeros(ids.shape, device=model.device)
+        way = ways[args.measure == "ours"]
+        way.C = completion_length
+        way.update(gv.Rollout(ids, torch.ones_like(ids, dtype=torch.bool), logps, None), advantages, logps)
+
+    update(2)  # the libraries take their working memory
+    forget_peak()
+    before = held()
+    update(args.completion_length)
+    print(f"{held(peak=True) - before:.0f}")
 
 
-def resident(name):
-    """VmRSS (memory held) or VmHWM (its peak) of this process in bytes; Linux only."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) * 1024
+def update_memory(groups=(2, 4, 8, 16)):
+    """-> the lines of the memory table; each number from a process of its own, run with the same flags."""
+    # glibc would keep freed memory and hide the peak; told so, it gives back at once whatever is above 64 KiB
+    environment = dict(os.environ, MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536", MALLOC_TRIM_THRESHOLD_="65536")
+    lines = ["| memory of the update, MiB | " + " | ".join(f"G = {G}" for G in groups) + " | 16 against 2 |",
+             "|---|" + "--:|" * (len(groups) + 1)]
+    for way, name in (("usual", "usual way"), ("ours", "ours")):
+        peaks = []
+        for G in groups:
+            command = [sys.executable, __file__, "--score_tokens", "256", *sys.argv[1:], "--measure", way, "--num_generations", str(G)]
+            peaks.append(int(subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout))
+            print(f"memory of the update, {name}, G = {G}: {peaks[-1]} MiB", file=sys.stderr)
+        lines.append(f"| {name} | " + " | ".join(map(str, peaks)) + f" | {peaks[-1] / peaks[0]:.2f}x |")
+    return lines
+
+
+def compare_trl(args):
+    """A step of TRL's GRPOTrainer and one of ours in turn, --repeats times, in one process -> a line of the time table."""
+    import tempfile
+
+    import datasets
+    from PIL import Image
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessor, Qwen2VLProcessor, Qwen2VLVideoProcessor
+    from trl import GRPOConfig, GRPOTrainer
+
+    model, (_, ours), advantages = build(args)
+    words = [f"w{i}" for i in range(args.vocab - len(SPECIAL))] + SPECIAL
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=words[EOS], pad_token=words[EOS],
+                                        extra_special_tokens=SPECIAL, padding_side="left")
+    template = ("{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}"
+                "<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part['text'] }}{% endif %}{% endfor %}")
+    processor = Qwen2VLProcessor(Qwen2VLImageProcessor(), tokenizer, Qwen2VLVideoProcessor(), chat_template=template)
+    text = " ".join(random.choices(words[1:-len(SPECIAL)], k=args.text_tokens - 2))
+    image = Image.effect_noise((args.image_size, args.image_size), 64).convert("RGB")
+    data = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": text}]] * args.prompts,
+                                       "image": [image] * args.prompts})
+
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    seconds = {"trl": [], "ours": []}
+
+    class InTurn(transformers.TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            self.start = now()
+
+        def on_step_end(self, *_, **__):
+            seconds["trl"].append(now() - self.start)
+            seconds["ours"].append(sum(timed_step(ours, optimizer, advantages)[0].values()))
+            print(f"TRL {seconds['trl'][-1]:.1f} s, ours {seconds['ours'][-1]:.1f} s", file=sys.stderr)
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)  # a path, because TRL loads the reference model from it
+        settings = GRPOConfig(
+            output_dir=folder, max_steps=args.repeats, per_device_train_batch_size=len(advantages), learning_rate=1e-9,
+            num_generations=args.num_generations, max_completion_length=args.completion_length, beta=BETA, loss_type="grpo",
+            generation_kwargs=dict(suppress_tokens=ours.suppressed.nonzero()[:, 0].tolist()),
+            model_init_kwargs=dict(dtype=model.dtype), bf16=args.full, gradient_checkpointing=False,  # as we do
+            use_cpu=not torch.cuda.is_available(), save_strategy="no", report_to="none", logging_steps=1, disable_tqdm=True)
+        trainer = GRPOTrainer(folder, args=settings, processing_class=processor, train_dataset=data, callbacks=[InTurn()],
+                              reward_funcs=lambda completions, **_: [random.random() for _ in completions])
+        trainer.train()
+    row_tokens = ours.prompts[0].input_ids.shape[1] + args.completion_length
+    assert trainer.state.num_input_tokens_seen == args.repeats * len(advantages) * row_tokens, "TRL did other work"
+    a, b = (statistics.median(seconds[name]) for name in ("trl", "ours"))
+    return f"| whole step, TRL's GRPOTrainer | {a:.2f} | {b:.2f} | {a / b:.1f}x |"
+
+
+def machine(args):
+    """The line under the tables: where, with what, and how to run it again."""
+    cpu = next((line.split(": ")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")), platform.processor())
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{cpu}, {args.threads} of {os.cpu_count()} cores"
+    versions = [f"torch {torch.__version__}", f"transformers {transformers.__version__}"]
+    if args.trl:
+        import trl
+        versions.append(f"trl {trl.__version__}")
+    return f"{device}; Python {platform.python_version()}, {', '.join(versions)}; `python bench/step.py {' '.join(sys.argv[1:])}`"
+
+
+def main():
+    args = parse_args()
+    torch.set_num_threads(args.threads)
+    transformers.utils.logging.set_verbosity_error()
+    if args.measure:
+        return measure_update(args)
+    memory = [] if args.no_memory else ["", *update_memory()]
+    table, agreement = compare(args)
+    if args.trl:
+        table.append(compare_trl(args))
+    report = "\n".join([*table, *memory, "", agreement, machine(args)])
+    print(report)
+    if args.out:
+        Path(args.out).write_text(report + "\n")
+
+
+if __name__ == "__main__":
+    main()
