@@ -18,7 +18,6 @@ import base64
 import html
 import io
 import json
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
@@ -27,8 +26,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from grpo_vision import (BASE_PROMPT, append_jsonl, build_prompt, completion_text, end_tokens, extract_answer, fail, grade,
-                         load_model, load_processors, open_image, row_text, sample, seeded, suppressed_tokens)
+from grpo_vision import (BASE_PROMPT, append_jsonl, build_prompt, completion_text, end_tokens, extract_answer,
+                         fail, grade, load_model, load_processors, open_image, row_text, sample, seeded,
+                         set_threads, suppressed_tokens)
 
 # the paper's prompt for a direct answer, verbatim
 DIRECT_PROMPT = ("A conversation between User and Assistant. The user asks a question about the image, and "
@@ -63,7 +63,8 @@ def load_benchmark(path, limit=None):
     head, tail = BASE_PROMPT.split("{question}")
     questions = []
     n = min(limit or len(table), len(table))
-    for i, row in enumerate(table.select([i * len(table) // n for i in range(n)])):  # evenly: all tasks are in
+    for i in [k * len(table) // n for k in range(n)]:  # spread evenly, because the files are sorted by task
+        row = table[i]
         if not cvbench:  # row_text without the template around it
             questions.append({"id": i, "task": row.get("question_type") or "all", "source": "held-out",
                               "images": row["images"], "options": row["options"], "answer": row["answer"],
@@ -112,8 +113,8 @@ def accuracy(records):
 
 
 def summarise(records):
-    """Records -> dict: accuracy with standard error per task and in total (the paper's micro-average), CV-Bench's
-    official score if all three of its sources are there, unparsed answers (percent), mean length (tokens)."""
+    """Records -> dict: accuracy and standard error per task and in total (the paper's micro-average), CV-Bench's
+    official score if all of its sources are there, unparsed answers (percent), mean length (tokens)."""
     groups = {key: defaultdict(list) for key in ("task", "source")}
     for record in records:
         for key, group in groups.items():
@@ -133,9 +134,9 @@ def table(name, summary):
     return f"{name}\n" + "".join(f"    {key:24s} {cell(value)}\n" for key, value in summary.items())
 
 
-# ---- A run to look at: curves.png and rollouts.html --------------------------------------------------------------
+# ---- A run to look at: curves.png and rollouts.html ------------------------------------------------------
 
-REFLECTION = re.compile("aha|check|possibl|verify|wait|yet", re.IGNORECASE)  # the words that the authors count
+REFLECTION = re.compile("aha|check|possibl|verify|wait|yet", re.IGNORECASE)  # as the authors count them
 
 
 def read_jsonl(path):
@@ -147,9 +148,9 @@ def track(run, step, model, tokenizer, image_processor, data, cfg):
     eval_limit) -> RUN/eval.jsonl; then bring the curves and the page of rollouts up to date."""
     for path in cfg.eval_data.split(","):
         questions = load_benchmark(path, cfg.eval_limit)
-        records = list(tqdm(
-            answer_questions(model, tokenizer, image_processor, questions, max_new_tokens=cfg.max_completion_length),
-            f"evaluation on {path}", total=len(questions), leave=False))
+        answers = answer_questions(model, tokenizer, image_processor, questions,
+                                   max_new_tokens=cfg.max_completion_length)
+        records = list(tqdm(answers, f"evaluation on {path}", total=len(questions), leave=False))
         append_score(run / "eval.jsonl", step, path, records)
     if step > 0:
         draw_curves(run)
@@ -168,25 +169,28 @@ def report(run):
     metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "eval.jsonl")
     for name in dict.fromkeys(s["set"] for s in scores):
         first, *_, last = [s for s in scores if s["set"] == name] * 2
-        print(f"{name}: accuracy {first['accuracy']:.1f} -> {last['accuracy']:.1f} % (± {last['standard_error']:.1f}, "
-              f"{last['questions']} questions, greedy), {first['mean_length']:.1f} -> {last['mean_length']:.1f} tokens")
-    if scores:
-        print(f"look at:  {run}/curves.png, {run}/rollouts.html")
-    print(f"the model: {run}/final, trained in {sum(m['seconds/rollout'] + m['seconds/reference'] + m['seconds/update'] for m in metrics):.0f} s")
-    print(f"try next: python eval_cvbench.py --run {run}   (every checkpoint on whole sets)\n"
+        print(f"{name}: {first['accuracy']:.1f} -> {last['accuracy']:.1f} % right, greedy, "
+              f"± {last['standard_error']:.1f} on {last['questions']} questions")
+    tenth = max(1, len(metrics) // 10)
+    for key, unit in (("rewards/accuracy", ""), ("rewards/format", ""), ("completions/mean_length", " tokens")):
+        if metrics and key in metrics[0]:
+            before, after = (sum(m[key] for m in part) / tenth for part in (metrics[:tenth], metrics[-tenth:]))
+            print(f"rollouts, {key}: {before:.2f} -> {after:.2f}{unit}")
+    print(f"model:    {run}/final\nlook at:  {run}/curves.png  {run}/rollouts.html\n"
+          f"try next: python eval_cvbench.py --run {run}    # every checkpoint on all questions\n"
           f"          python grpo_vision.py --loss_type dr_grpo --scale_rewards false")
 
 
 def smooth(values, width):
-    """Running mean over `width` values around each, shorter at the ends, so that a short run still has a curve."""
-    half = width // 2
-    return [sum(part) / len(part) for part in (values[max(0, i - half):i + half + 1] for i in range(len(values)))]
+    """Running mean over about `width` values around each; over fewer at the ends."""
+    windows = [values[max(0, i - width // 2):i + width // 2 + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
 
 
 def draw_curves(run):
-    """RUN/metrics.jsonl, eval.jsonl and completions.jsonl -> RUN/curves.png, after Figure 1 of the paper: accuracy on
-    fixed questions (with its standard error) and mean response length of the rollouts against the training step.
-    Works for a run of any length, finished or not."""
+    """RUN/metrics.jsonl, eval.jsonl, completions.jsonl -> RUN/curves.png, after Figure 1 of the paper: accuracy
+    on fixed questions, with standard error, and mean length of the rollouts against the training step. Works
+    for a run of any length, finished or not."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -205,10 +209,12 @@ def draw_curves(run):
     for color, name in zip(("tab:blue", "tab:cyan", "tab:purple"), dict.fromkeys(s["set"] for s in scores)):
         line = [s for s in scores if s["set"] == name]
         x, y = [s["step"] for s in line], [s["accuracy"] for s in line]
-        top.plot(x, y, "o-", color=color, ms=4, label=f"accuracy on {Path(name).stem} ({line[0]['questions']} questions)")
+        label = f"accuracy on {Path(name).stem} ({line[0]['questions']} questions)"
+        top.plot(x, y, "o-", color=color, ms=4, label=label)
         top.fill_between(x, [s["accuracy"] - s["standard_error"] for s in line],
                          [s["accuracy"] + s["standard_error"] for s in line], color=color, alpha=0.15, lw=0)
-    top.set(xlabel="training step", ylabel="accuracy, % (band: 1 standard error)", xlim=(0, max(steps)), ylim=(0, 100))
+    top.set(xlabel="training step", ylabel="accuracy, % (band: 1 standard error)", ylim=(0, 100),
+            xlim=(0, max(steps)))
     right = top.twinx()
     lengths = [m["completions/mean_length"] for m in metrics]
     right.plot(steps, lengths, color="tab:red", lw=0.8, alpha=0.35)
@@ -225,10 +231,10 @@ def draw_curves(run):
               ("KL to the start, per token", {"": [m["kl"] for m in metrics]}),
               ("entropy per token, nats", {"": [m["entropy"] for m in metrics]}),
               ("groups without spread", {"": [m["frac_reward_zero_std"] for m in metrics]}),
-              ("rollouts with a reflection word", {"": [sum(reflecting[s]) / max(1, len(reflecting[s])) for s in steps]}),
+              ("rollouts with a reflection word", {"": [sum(reflecting[s]) / len(reflecting[s]) for s in steps]}),
               ("rollouts cut at the token limit", {"": [m["completions/clipped_ratio"] for m in metrics]})]
     for panel, (title, lines) in zip(panels, curves):
-        for (label, values), color in zip(lines.items(), ("tab:green", "tab:orange", "tab:brown", "tab:gray")):
+        for (label, values), color in zip(lines.items(), ("tab:green", "tab:orange", "tab:brown", "tab:pink")):
             panel.plot(steps, values, color=color, lw=0.7, alpha=0.35)
             panel.plot(steps, smooth(values, width), color=color, label=label)
         panel.set_title(title, fontsize=9)
@@ -242,49 +248,50 @@ def draw_curves(run):
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>Rollouts of {run}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #222 }}
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem }}
 h2 {{ border-bottom: 1px solid #ccc; margin-top: 2.5rem }}
 .question {{ display: flex; gap: 1rem; margin: 1.2rem 0 .4rem }}
 .question img {{ max-width: 11rem; max-height: 11rem; image-rendering: auto; border: 1px solid #ccc }}
 .right {{ background: #d9f2d9; border-radius: .3rem; padding: 0 .4rem; font-weight: 600 }}
-table {{ border-collapse: collapse; width: 100% }} td, th {{ padding: .25rem .5rem; text-align: right; vertical-align: top }}
+table {{ border-collapse: collapse; width: 100% }}
+td, th {{ padding: .25rem .5rem; text-align: right; vertical-align: top }} th:first-child {{ text-align: left }}
 td.text {{ text-align: left; white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: 13px }}
 tr.up {{ background: #e9f7e9 }} tr.down {{ background: #fbe9e7 }} tr.zero {{ background: #f4f4f4 }}
 </style>
 <h1>Rollouts of {run}</h1>
-<p>What the policy said to a few training questions as it learned. Each table is one group: G completions of one
-prompt. Green rows were better than their group and are made likelier, red ones less likely; the advantage says how
-strongly. Grey: all equal, nothing to learn.</p>
+<p>What the policy answered to a few training questions as it learned. Each table is one group, the completions
+of one prompt. Green rows did better than their group and are made likelier, red rows are made less likely; the
+advantage says how strongly. Grey rows teach nothing: all of the group got the same reward.</p>
 {body}</html>"""
 
 
 def write_page(run, data, most_steps=8, most_questions=2):
-    """RUN/completions.jsonl and the training table -> RUN/rollouts.html: one self-contained page, few groups of few
-    steps. All model output and data is escaped: a completion that contains markup shows as text."""
+    """RUN/completions.jsonl and the training table -> RUN/rollouts.html: one self-contained page with a few
+    groups of a few steps. All text is escaped: a completion that contains markup shows as text."""
     samples = defaultdict(lambda: defaultdict(list))  # step -> row number -> completions
     for sample in read_jsonl(run / "completions.jsonl"):
         samples[sample["step"]][sample["row"]].append(sample)
     steps = sorted(samples)
-    shown = sorted({steps[round(i * (len(steps) - 1) / (most_steps - 1))] for i in range(most_steps)}) if steps else []
-    body = []
-    for step in shown:
+    body, last = [], len(steps) - 1
+    for step in sorted({steps[round(i * last / (most_steps - 1))] for i in range(most_steps)} if steps else []):
         body.append(f"<h2>Step {step}</h2>")
         # those with spread first: where all completions score the same there is little to see
-        groups = sorted(samples[step].values(), key=lambda g: len({s["reward"] for s in g}) == 1)[:most_questions]
-        for group in groups:
+        groups = sorted(samples[step].values(), key=lambda group: len({s["reward"] for s in group}) == 1)
+        for group in groups[:most_questions]:
             row = data[group[0]["row"]]
-            pictures = "".join(f'<img alt="image of the question" src="{data_url(image)}">' for image in row["images"])
+            pictures = "".join(f'<img alt="the image" src="{data_url(image)}">' for image in row["images"])
             body.append(f'<div class="question">{pictures}<div>{html.escape(row["question"])}<br>'
                         f'Options: {html.escape(", ".join(row["options"]))}<br>'
                         f'Right answer: <span class="right">{html.escape(row["answer"])}</span></div></div>')
             names = [key for key in group[0] if key.startswith("rewards/")]
             heads = "".join(f"<th>{html.escape(name.removeprefix('rewards/'))}</th>" for name in names)
-            body.append(f'<table><tr><th style="text-align:left">completion</th>{heads}<th>tokens</th><th>advantage</th></tr>')
+            body.append(f"<table><tr><th>completion</th>{heads}<th>tokens</th><th>advantage</th></tr>")
             for sample in group:
                 sign = "up" if sample["advantage"] > 0 else "down" if sample["advantage"] < 0 else "zero"
                 cells = "".join(f"<td>{sample[name]:g}</td>" for name in names)
-                body.append(f'<tr class="{sign}"><td class="text">{html.escape(sample["completion"])}</td>{cells}'
-                            f'<td>{sample["length"]}</td><td>{sample["advantage"]:+.2f}</td></tr>')
+                text = html.escape(sample["completion"])
+                body.append(f'<tr class="{sign}"><td class="text">{text}</td>{cells}<td>{sample["length"]}</td>'
+                            f'<td>{sample["advantage"]:+.2f}</td></tr>')
             body.append("</table>")
     page = PAGE.format(run=html.escape(str(run)), body="\n".join(body))
     partial = run / "rollouts.html.tmp"
@@ -305,7 +312,8 @@ def data_url(image, side=224):
 # ---- The command -----------------------------------------------------------------------------------------
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(formatter_class=argparse.RawDescriptionHelpFormatter, description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", help="folders or hub ids; default: runs/toy/final and its base")
     parser.add_argument("--data", nargs="+", default=["data/toy/cvbench", "data/toy/test.parquet"],
                         help="CV-Bench (hub id, folder, file), or a file as prepare_sat.py writes it")
@@ -320,7 +328,6 @@ def main(argv=None):
     args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    torch.set_num_threads(os.cpu_count())
     if args.model is None:
         run = Path("runs/toy")
         if not (run / "final").exists():
@@ -333,6 +340,7 @@ def main(argv=None):
         for name in args.model:
             tokenizer, image_processor = load_processors(name)
             model = load_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
+            set_threads(model)
             answers = answer_questions(
                 model, tokenizer, image_processor, questions, template, args.batch_size, args.max_new_tokens,
                 args.temperature, args.seed, args.strict)

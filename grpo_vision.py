@@ -608,6 +608,13 @@ def load_processors(path, min_pixels=None, max_pixels=None):
         fail(f"cannot load tokenizer and image processor from {path}: {str(error).strip().splitlines()[0]}")
 
 
+def set_threads(model):
+    """Cores / local processes. The launcher sets OMP_NUM_THREADS=1 and python does not; without this their speed
+    and their bits would differ. A model as small as the toy's gets one: its threads would only wait for another."""
+    small = sum(p.numel() for p in model.parameters()) < 1e7
+    torch.set_num_threads(1 if small else max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+
+
 def suppressed_tokens(model, tokenizer):
     """(V,) bool: vision tokens, which would crash the next forward, and vocabulary rows without a token."""
     suppressed = torch.arange(model.lm_head.out_features, device=model.device) >= len(tokenizer)
@@ -727,8 +734,6 @@ def main(argv=None):
     cfg = parse_config(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    # The launcher sets OMP_NUM_THREADS=1, plain python does not: their bits would differ without this line.
-    torch.set_num_threads(max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
     output_dir = choose_output_dir(cfg)
     accelerator = Accelerator(log_with=cfg.log_with, project_dir=output_dir,
                               mixed_precision="bf16" if torch.cuda.is_available() else "no")
@@ -744,6 +749,7 @@ def main(argv=None):
     tokenizer, image_processor = load_processors(start, cfg.min_pixels, cfg.max_pixels)
     data, data_path, kept = load_data(cfg, tokenizer, image_processor)
     model = load_model(start, cfg.attn_implementation).to(device)
+    set_threads(model)
     suppressed, eos_ids = suppressed_tokens(model, tokenizer), end_tokens(tokenizer)
     policy = Policy(model, cfg.temperature, suppressed)
     if cfg.beta > 0:
@@ -761,6 +767,8 @@ def main(argv=None):
             cut_jsonl(output_dir / name, done)
     (output_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
     accelerator.init_trackers("grpo_vision", config=dataclasses.asdict(cfg))
+    if cfg.log_with and not accelerator.trackers:
+        fail(f"--log_with {cfg.log_with}: that package is not installed")
     B, G = cfg.prompts_per_step // accelerator.num_processes, cfg.num_generations  # B is this process's share
     print(f"{output_dir}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, "
           f"{len(kept)} questions, {cfg.prompts_per_step} prompts x {G} completions per step")
@@ -819,8 +827,8 @@ def main(argv=None):
                    for i, text in enumerate(texts)]
         if not sane:
             append_jsonl(output_dir / "bad_batch.jsonl", samples)
-            fail(f"step {step + 1}: loss {sums['loss']}, gradient norm {grad_norm}; lower --learning_rate and "
-                 f"--resume from the last checkpoint (the batch: {output_dir}/bad_batch.jsonl)")
+            fail(f"step {step + 1}: loss {sums['loss']}, gradient norm {grad_norm}; lower --learning_rate "
+                 f"and --resume from the last checkpoint; {output_dir}/bad_batch.jsonl has the batch")
         mismatch = (old_logps - rollout.sampling_logps) * rollout.completion_mask
         phases, tokens = ("rollout", "reference", "update"), sum(lengths)
         metrics = {

@@ -9,7 +9,6 @@ questions met for the first time. Runs lie in runs/controls/VARIANT-SEED and are
 """
 import argparse
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -48,13 +47,12 @@ def train(variant, seed, steps):
 
 
 def launch(job):
-    """One run in a process of its own with half the cores, so that two run side by side."""
+    """One run in a process of its own. It takes one thread (see set_threads), so that two run side by side."""
     variant, seed, steps = job
     log = folder(variant, seed).with_suffix(".log")
     command = [sys.executable, __file__, "--one", variant, str(seed), "--steps", str(steps)]
     with open(log, "w") as file:
-        environment = {**os.environ, "LOCAL_WORLD_SIZE": "2"}  # makes the script take half of the cores
-        failed = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file, env=environment).returncode
+        failed = subprocess.run(command, cwd=ROOT, stdout=file, stderr=file).returncode
     print(f"{variant}, seed {seed}: {f'FAILED, see {log}' if failed else 'done'}", flush=True)
 
 
