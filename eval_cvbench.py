@@ -21,6 +21,7 @@ import json
 import re
 from collections import defaultdict
 from pathlib import Path
+from statistics import mean
 
 import torch
 import transformers
@@ -113,8 +114,8 @@ def accuracy(records):
 
 
 def summarise(records):
-    """Records -> dict: accuracy and standard error per task and in total (the paper's micro-average), CV-Bench's
-    official score if all of its sources are there, unparsed answers (percent), mean length (tokens)."""
+    """Records -> dict: accuracy and standard error per task and in total (the paper's micro-average), the
+    official CV-Bench score if all its sources are there, unparsed answers (percent), mean length (tokens)."""
     groups = {key: defaultdict(list) for key in ("task", "source")}
     for record in records:
         for key, group in groups.items():
@@ -172,10 +173,10 @@ def report(run):
         print(f"{name}: {first['accuracy']:.1f} -> {last['accuracy']:.1f} % right, greedy, "
               f"± {last['standard_error']:.1f} on {last['questions']} questions")
     tenth = max(1, len(metrics) // 10)
-    for key, unit in (("rewards/accuracy", ""), ("rewards/format", ""), ("completions/mean_length", " tokens")):
+    for key in ("rewards/accuracy", "rewards/format", "completions/mean_length"):
         if metrics and key in metrics[0]:
-            before, after = (sum(m[key] for m in part) / tenth for part in (metrics[:tenth], metrics[-tenth:]))
-            print(f"rollouts, {key}: {before:.2f} -> {after:.2f}{unit}")
+            first, last = (sum(m[key] for m in part) / tenth for part in (metrics[:tenth], metrics[-tenth:]))
+            print(f"rollouts, {key}: {first:.2f} -> {last:.2f}")
     print(f"model:    {run}/final\nlook at:  {run}/curves.png  {run}/rollouts.html\n"
           f"try next: python eval_cvbench.py --run {run}    # every checkpoint on all questions\n"
           f"          python grpo_vision.py --loss_type dr_grpo --scale_rewards false")
@@ -188,7 +189,7 @@ def smooth(values, width):
 
 
 def draw_curves(run):
-    """RUN/metrics.jsonl, eval.jsonl, completions.jsonl -> RUN/curves.png, after Figure 1 of the paper: accuracy
+    """RUN/metrics.jsonl, eval.jsonl, completions.jsonl -> RUN/curves.png, after the paper's Figure 1: accuracy
     on fixed questions, with standard error, and mean length of the rollouts against the training step. Works
     for a run of any length, finished or not."""
     import matplotlib
@@ -231,10 +232,10 @@ def draw_curves(run):
               ("KL to the start, per token", {"": [m["kl"] for m in metrics]}),
               ("entropy per token, nats", {"": [m["entropy"] for m in metrics]}),
               ("groups without spread", {"": [m["frac_reward_zero_std"] for m in metrics]}),
-              ("rollouts with a reflection word", {"": [sum(reflecting[s]) / len(reflecting[s]) for s in steps]}),
+              ("rollouts with a reflection word", {"": [mean(reflecting[step]) for step in steps]}),
               ("rollouts cut at the token limit", {"": [m["completions/clipped_ratio"] for m in metrics]})]
     for panel, (title, lines) in zip(panels, curves):
-        for (label, values), color in zip(lines.items(), ("tab:green", "tab:orange", "tab:brown", "tab:pink")):
+        for (label, values), color in zip(lines.items(), ("tab:green", "tab:orange", "tab:brown")):
             panel.plot(steps, values, color=color, lw=0.7, alpha=0.35)
             panel.plot(steps, smooth(values, width), color=color, label=label)
         panel.set_title(title, fontsize=9)
@@ -254,14 +255,15 @@ h2 {{ border-bottom: 1px solid #ccc; margin-top: 2.5rem }}
 .question img {{ max-width: 11rem; max-height: 11rem; image-rendering: auto; border: 1px solid #ccc }}
 .right {{ background: #d9f2d9; border-radius: .3rem; padding: 0 .4rem; font-weight: 600 }}
 table {{ border-collapse: collapse; width: 100% }}
-td, th {{ padding: .25rem .5rem; text-align: right; vertical-align: top }} th:first-child {{ text-align: left }}
+td, th {{ padding: .25rem .5rem; text-align: right; vertical-align: top }}
+th:first-child {{ text-align: left }}
 td.text {{ text-align: left; white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: 13px }}
 tr.up {{ background: #e9f7e9 }} tr.down {{ background: #fbe9e7 }} tr.zero {{ background: #f4f4f4 }}
 </style>
 <h1>Rollouts of {run}</h1>
-<p>What the policy answered to a few training questions as it learned. Each table is one group, the completions
-of one prompt. Green rows did better than their group and are made likelier, red rows are made less likely; the
-advantage says how strongly. Grey rows teach nothing: all of the group got the same reward.</p>
+<p>What the policy answered to a few training questions as it learned. Each table is one group, the
+completions of one prompt. Green rows did better than their group and are made likelier, red rows are made less
+likely; the advantage says how strongly. Grey rows teach nothing: all of the group got the same reward.</p>
 {body}</html>"""
 
 
@@ -272,8 +274,9 @@ def write_page(run, data, most_steps=8, most_questions=2):
     for sample in read_jsonl(run / "completions.jsonl"):
         samples[sample["step"]][sample["row"]].append(sample)
     steps = sorted(samples)
-    body, last = [], len(steps) - 1
-    for step in sorted({steps[round(i * last / (most_steps - 1))] for i in range(most_steps)} if steps else []):
+    shown = [steps[round(i * (len(steps) - 1) / (most_steps - 1))] for i in range(most_steps)] if steps else []
+    body = []
+    for step in dict.fromkeys(shown):
         body.append(f"<h2>Step {step}</h2>")
         # those with spread first: where all completions score the same there is little to see
         groups = sorted(samples[step].values(), key=lambda group: len({s["reward"] for s in group}) == 1)
@@ -290,8 +293,8 @@ def write_page(run, data, most_steps=8, most_questions=2):
                 sign = "up" if sample["advantage"] > 0 else "down" if sample["advantage"] < 0 else "zero"
                 cells = "".join(f"<td>{sample[name]:g}</td>" for name in names)
                 text = html.escape(sample["completion"])
-                body.append(f'<tr class="{sign}"><td class="text">{text}</td>{cells}<td>{sample["length"]}</td>'
-                            f'<td>{sample["advantage"]:+.2f}</td></tr>')
+                cells += f'<td>{sample["length"]}</td><td>{sample["advantage"]:+.2f}</td>'
+                body.append(f'<tr class="{sign}"><td class="text">{text}</td>{cells}</tr>')
             body.append("</table>")
     page = PAGE.format(run=html.escape(str(run)), body="\n".join(body))
     partial = run / "rollouts.html.tmp"

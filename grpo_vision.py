@@ -118,18 +118,17 @@ def parse_config(argv=None):
     cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         fail(f"unknown argument {unknown[0]}; `python grpo_vision.py --help` lists them all")
-    if bad := [name for name in cfg.rewards.split(",") if name not in REWARDS]:
-        fail(f"--rewards {bad[0]} is unknown; choose from: {', '.join(REWARDS)}")
-    if cfg.loss_type not in LOSS_TYPES:
-        fail(f"--loss_type {cfg.loss_type} is unknown; choose one of: {', '.join(LOSS_TYPES)}")
-    if cfg.num_generations < 2:
-        fail(f"--num_generations {cfg.num_generations}: a completion is measured by its group, so at least 2")
+    for flag, known in (("rewards", REWARDS), ("loss_type", LOSS_TYPES)):
+        for name in getattr(cfg, flag).split(","):
+            if name not in known:
+                fail(f"--{flag} {name} is unknown; choose from: {', '.join(known)}")
+    least = dict(num_generations=2, prompts_per_step=1, max_completion_length=1, num_iterations=1, max_steps=1,
+                 score_tokens=1, save_steps=1)  # 2: a completion is measured by the others of its group
+    for flag, bound in least.items():
+        if getattr(cfg, flag) < bound:
+            fail(f"--{flag} {getattr(cfg, flag)}: must be at least {bound}")
     if cfg.temperature <= 0:
-        fail(f"--temperature {cfg.temperature}: must be above 0, or a group would be G equal completions")
-    for name in ("prompts_per_step", "max_completion_length", "num_iterations", "max_steps", "score_tokens",
-                 "save_steps"):
-        if getattr(cfg, name) < 1:
-            fail(f"--{name} {getattr(cfg, name)}: must be at least 1")
+        fail(f"--temperature {cfg.temperature}: must be above 0, or all completions of a group would be equal")
     return cfg
 
 

@@ -1,10 +1,10 @@
-"""Is it the reward that teaches? The toy run beside its controls, several seeds each, as one table and one figure.
+"""Is it the reward that teaches? The toy run beside its controls, several seeds each: one table, one figure.
 
     python bench/controls.py                       # all variants, 3 seeds: about an hour on 2 cores
     python bench/controls.py --variants grpo flipped --seeds 1 --steps 40
 
-Needs data/toy (`python prepare_sat.py --toy`). Every run starts from the same base; the seed sets data order and
-sampling. "Before" is the first step, "after" the mean of the last ten steps, both of rollouts at temperature 1 on
+Needs data/toy (`python prepare_sat.py --toy`). Every run starts from the same base; the seed sets data order
+and sampling. "Before" is the first step, "after" the mean of the last ten, both of rollouts at temperature 1 on
 questions met for the first time. Runs lie in runs/controls/VARIANT-SEED and are not made twice.
 """
 import argparse
@@ -41,9 +41,9 @@ def train(variant, seed, steps):
     advantages = grpo_vision.group_advantages
     factor = {"zeroed": 0.0, "flipped": -1.0}.get(variant, 1.0)
     grpo_vision.group_advantages = lambda *args: factor * advantages(*args)
-    grpo_vision.REWARDS["length"] = lambda completion, num_tokens, **_: 0.001 * num_tokens  # the paper's failed try
-    grpo_vision.main(["--seed", str(seed), "--max_steps", str(steps), "--output_dir", str(folder(variant, seed)),
-                      "--overwrite", "--eval_steps", "0", "--save_steps", str(steps), *VARIANTS[variant]])
+    grpo_vision.REWARDS["length"] = lambda completion, num_tokens, **_: 0.001 * num_tokens  # the paper's try
+    grpo_vision.main(["--seed", str(seed), "--max_steps", str(steps), "--save_steps", str(steps), "--overwrite",
+                      "--output_dir", str(folder(variant, seed)), "--eval_steps", "0", *VARIANTS[variant]])
 
 
 def launch(job):
@@ -57,8 +57,7 @@ def launch(job):
 
 
 def curve(variant, seed, column):
-    """-> the column's value at each step. Accuracy and format of every variant come from its completions, rewarded
-    or not."""
+    """-> the column's value at each step; the accuracy of a run that was not rewarded for it from its completions."""
     import grpo_vision
     path = folder(variant, seed)
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -110,7 +109,8 @@ def figure(variants, seeds, path):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. SEEDS - 1 of each variant")
     parser.add_argument("--steps", type=int, default=80, help="training steps of each run")
