@@ -1,8 +1,9 @@
 """Evaluate a checkpoint on CV-Bench: the paper's protocol (greedy, answer block or else the whole text).
 
-    python eval_cvbench.py                                            # runs/toy/final and its base, on the
-    toy's sets python eval_cvbench.py --model runs/sat/final --data nyu-visionx/CV-Bench python
-    eval_cvbench.py --data data/toy/test.parquet --temperature 1 --strict      # graded as in training
+    python eval_cvbench.py                       # runs/toy/final and its base, on the toy's two sets
+    python eval_cvbench.py --run runs/toy        # every checkpoint of a run, and its curves from these scores
+    python eval_cvbench.py --model runs/sat/final --data nyu-visionx/CV-Bench
+    python eval_cvbench.py --data data/toy/test.parquet --temperature 1 --strict     # graded as in training
 
 Reads CV-Bench (a hub id, or a folder of Parquet files with its columns: test_2d.parquet, test_3d.parquet)
 and, for held-out questions of the training kind, a file as prepare_sat.py writes it. A CV-Bench row looks
@@ -53,12 +54,13 @@ def load_benchmark(path, limit=None):
         else:
             raise FileNotFoundError("no such file or folder")
     except Exception as error:  # datasets raises many kinds for what it cannot find or read
-        fail(f"--data {path} cannot be read: {(str(error).strip() or type(error).__name__).splitlines()[0]}")
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"the questions of {path} cannot be read: {reason}")
     cvbench = "choices" in table.column_names
     needed = set("image prompt choices answer task source".split() if cvbench else
                  "images question options answer".split())
     if missing := sorted(needed - set(table.column_names)):
-        fail(f"--data {path} has no column {missing[0]!r} ({', '.join(table.column_names)})")
+        fail(f"{path} has no column {missing[0]!r} ({', '.join(table.column_names)})")
     raw = datasets.Image(decode=False)
     table = table.cast_column("image", raw) if cvbench else table.cast_column("images", datasets.List(raw))
     head, tail = BASE_PROMPT.split("{question}")
@@ -68,12 +70,13 @@ def load_benchmark(path, limit=None):
         row = table[i]
         if not cvbench:  # row_text without the template around it
             questions.append({"id": i, "task": row.get("question_type") or "all", "source": "held-out",
-                              "images": row["images"], "options": row["options"], "answer": row["answer"],
+                              "images": row["images"] or [], "options": row["options"],
+                              "answer": row["answer"],
                               "text": row_text(row).removeprefix(head).removesuffix(tail)})
             continue
         letter = re.fullmatch(r"\(([A-Z])\)", row["answer"].strip())
         if not letter or ord(letter[1]) - ord("A") >= len(row["choices"]):
-            fail(f"--data {path}, row {i}: {row['answer']!r} is none of {len(row['choices'])} choices")
+            fail(f"{path}, row {i}: {row['answer']!r} is none of {len(row['choices'])} choices")
         questions.append({"id": i, "task": row["task"], "source": row["source"], "images": [row["image"]],
                           "text": row["prompt"], "options": row["choices"],
                           "answer": row["choices"][ord(letter[1]) - ord("A")]})
@@ -144,18 +147,24 @@ def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def track(run, step, model, tokenizer, image_processor, data, cfg):
-    """Called while training: score the model, greedy, on a few fixed questions of each set (cfg.eval_data,
-    eval_limit) -> RUN/eval.jsonl; then bring the curves and the page of rollouts up to date."""
-    for path in cfg.eval_data.split(","):
-        questions = load_benchmark(path, cfg.eval_limit)
+def load_sets(paths, limit):
+    """Comma-separated benchmarks -> {path: questions}, the same `limit` questions of each every time."""
+    return {path: load_benchmark(path, limit) for path in paths.split(",")}
+
+
+def track(run, step, model, tokenizer, image_processor, sets, max_new_tokens):
+    """Called while training: score the model, greedy, on fixed questions of each set -> RUN/eval.jsonl."""
+    for name, questions in sets.items():
         answers = answer_questions(model, tokenizer, image_processor, questions,
-                                   max_new_tokens=cfg.max_completion_length)
-        records = list(tqdm(answers, f"evaluation on {path}", total=len(questions), leave=False))
-        append_score(run / "eval.jsonl", step, path, records)
-    if step > 0:
-        draw_curves(run)
-        write_page(run, data)
+                                   max_new_tokens=max_new_tokens)
+        records = list(tqdm(answers, f"evaluation on {name}", total=len(questions), leave=False))
+        append_score(run / "eval.jsonl", step, name, records)
+
+
+def show(run, data):
+    """Bring RUN/curves.png and RUN/rollouts.html up to date."""
+    draw_curves(run)
+    write_page(run, data)
 
 
 def append_score(path, step, name, records):
@@ -188,14 +197,16 @@ def smooth(values, width):
     return [sum(window) / len(window) for window in windows]
 
 
-def draw_curves(run):
-    """RUN/metrics.jsonl, eval.jsonl, completions.jsonl -> RUN/curves.png, after the paper's Figure 1: accuracy
-    on fixed questions, with standard error, and mean length of the rollouts against the training step. Works
-    for a run of any length, finished or not."""
+def draw_curves(run, scores=None):
+    """RUN's metrics.jsonl, completions.jsonl and eval.jsonl (or the file `scores`) -> RUN/curves.png.
+
+    After Figure 1 of the paper: accuracy on fixed questions, with its standard error, and mean length of the
+    rollouts against the training step. Draws a run of any length, finished or not.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "eval.jsonl")
+    metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(scores or run / "eval.jsonl")
     if not metrics:
         fail(f"{run}/metrics.jsonl has no step yet; there is nothing to draw")
     steps, width = [m["step"] for m in metrics], max(1, len(metrics) // 12)
@@ -262,8 +273,8 @@ tr.up {{ background: #e9f7e9 }} tr.down {{ background: #fbe9e7 }} tr.zero {{ bac
 </style>
 <h1>Rollouts of {run}</h1>
 <p>What the policy answered to a few training questions as it learned. Each table is one group, the
-completions of one prompt. Green rows did better than their group and are made likelier, red rows are made less
-likely; the advantage says how strongly. Grey rows teach nothing: all of the group got the same reward.</p>
+completions of one prompt. Green rows did better than their group and are made likelier, red rows are made
+less likely; the advantage says how strongly. Grey rows teach nothing: their group got one reward.</p>
 {body}</html>"""
 
 
@@ -274,9 +285,8 @@ def write_page(run, data, most_steps=8, most_questions=2):
     for sample in read_jsonl(run / "completions.jsonl"):
         samples[sample["step"]][sample["row"]].append(sample)
     steps = sorted(samples)
-    shown = [steps[round(i * (len(steps) - 1) / (most_steps - 1))] for i in range(most_steps)] if steps else []
-    body = []
-    for step in dict.fromkeys(shown):
+    shown, body = [round(i * (len(steps) - 1) / (most_steps - 1)) for i in range(most_steps)], []
+    for step in dict.fromkeys(steps[i] for i in shown if steps):
         body.append(f"<h2>Step {step}</h2>")
         # those with spread first: where all completions score the same there is little to see
         groups = sorted(samples[step].values(), key=lambda group: len({s["reward"] for s in group}) == 1)
@@ -318,9 +328,10 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", help="folders or hub ids; default: runs/toy/final and its base")
+    parser.add_argument("--run", type=Path, help="evaluate every checkpoint of this training run instead")
     parser.add_argument("--data", nargs="+", default=["data/toy/cvbench", "data/toy/test.parquet"],
                         help="CV-Bench (hub id, folder, file), or a file as prepare_sat.py writes it")
-    parser.add_argument("--limit", type=int, help="only so many questions, evenly spread")
+    parser.add_argument("--limit", type=positive, help="only so many questions, evenly spread")
     parser.add_argument("--batch_size", type=int, default=32, help="questions decoded together")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens at most per answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, as in the paper")
@@ -332,31 +343,56 @@ def main(argv=None):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if args.model is None:
-        run = Path("runs/toy")
-        if not (run / "final").exists():
-            fail("runs/toy/final does not exist; `python grpo_vision.py` trains it, or name another --model")
-        args.model = [json.loads((run / "config.json").read_text())["model_name_or_path"], str(run / "final")]
-    mode = "direct" if args.no_reasoning else "reasoning"
-    template = DIRECT_PROMPT if args.no_reasoning else BASE_PROMPT
+        args.model = checkpoints(args.run or Path("runs/toy"), only_ends=args.run is None)
+    if args.run:
+        scores = args.run / "eval_full.jsonl"
+        scores.unlink(missing_ok=True)
     for path in args.data:
         questions = load_benchmark(path, args.limit)
         for name in args.model:
-            tokenizer, image_processor = load_processors(name)
-            model = load_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
-            set_threads(model)
-            answers = answer_questions(
-                model, tokenizer, image_processor, questions, template, args.batch_size, args.max_new_tokens,
-                args.temperature, args.seed, args.strict)
-            file = Path(args.output_dir) / slug(name) / f"{slug(path)}-{mode}.jsonl"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            records = []
-            with open(file, "w") as out, tqdm(total=len(questions), desc=f"{name} on {path}") as bar:
-                for record in answers:
-                    records.append(record)
-                    out.write(json.dumps(record) + "\n")
-                    bar.set_postfix_str(f"{accuracy(records)[0]:.1f} % right")
-                    bar.update()
-            print(table(f"{name} on {path}, {mode}", summarise(records)) + f"    every answer: {file}\n")
+            records = evaluate(name, path, questions, args)
+            if args.run:
+                step = re.fullmatch(r"checkpoint-(\d+)", Path(name).name)
+                append_score(scores, int(step[1]) if step else 0, path, records)
+    if args.run:
+        draw_curves(args.run, scores)
+        print(f"drawn from these scores: {args.run}/curves.png")
+
+
+def checkpoints(run, only_ends):
+    """-> the model that a run started from and its checkpoints in order; or only its start and its final/."""
+    if not (run / "config.json").exists() or only_ends and not (run / "final").exists():
+        fail(f"{run} is not a finished run; `python grpo_vision.py` makes one, or name a --model")
+    start = json.loads((run / "config.json").read_text())["model_name_or_path"]
+    saved = sorted(run.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
+    return [start, *map(str, [run / "final"] if only_ends else saved)]
+
+
+def evaluate(name, path, questions, args):
+    """One model on one set: answers go to results/MODEL/DATA-MODE.jsonl as they come -> records."""
+    tokenizer, image_processor = load_processors(name)
+    model = load_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    set_threads(model)
+    mode, template = ("direct", DIRECT_PROMPT) if args.no_reasoning else ("reasoning", BASE_PROMPT)
+    answers = answer_questions(model, tokenizer, image_processor, questions, template, args.batch_size,
+                               args.max_new_tokens, args.temperature, args.seed, args.strict)
+    file = Path(args.output_dir) / slug(name) / f"{slug(path)}-{mode}.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    records = []
+    with open(file, "w") as out, tqdm(total=len(questions), desc=f"{name} on {path}") as bar:
+        for record in answers:
+            records.append(record)
+            out.write(json.dumps(record) + "\n")
+            bar.set_postfix_str(f"{accuracy(records)[0]:.1f} % right")
+            bar.update()
+    print(table(f"{name} on {path}, {mode}", summarise(records)) + f"    every answer: {file}\n")
+    return records
+
+
+def positive(text):
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
 
 
 def slug(path):

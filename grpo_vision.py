@@ -122,13 +122,14 @@ def parse_config(argv=None):
         for name in getattr(cfg, flag).split(","):
             if name not in known:
                 fail(f"--{flag} {name} is unknown; choose from: {', '.join(known)}")
-    least = dict(num_generations=2, prompts_per_step=1, max_completion_length=1, num_iterations=1, max_steps=1,
-                 score_tokens=1, save_steps=1)  # 2: a completion is measured by the others of its group
+    least = dict(num_generations=2,  # a completion is measured by the others of its group
+                 prompts_per_step=1, max_completion_length=1, num_iterations=1, max_steps=1, score_tokens=1,
+                 save_steps=1, eval_steps=0, eval_limit=1, beta=0, epsilon=0, max_grad_norm=0)
     for flag, bound in least.items():
         if getattr(cfg, flag) < bound:
             fail(f"--{flag} {getattr(cfg, flag)}: must be at least {bound}")
     if cfg.temperature <= 0:
-        fail(f"--temperature {cfg.temperature}: must be above 0, or all completions of a group would be equal")
+        fail(f"--temperature {cfg.temperature}: must be above 0, or a group's completions are all equal")
     return cfg
 
 
@@ -202,7 +203,6 @@ def build_prompt(text, images, tokenizer, image_processor, model):
 
 ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 WELL_FORMED = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
-TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 def completion_text(prompt_text, completion_ids, tokenizer):
@@ -268,12 +268,14 @@ def accuracy_reward(completion, answer, options, **_):
 
 
 def format_reward(completion, **_):
-    """1 if the completion is exactly one think block and then exactly one answer block, else 0.
+    """1 if the completion is exactly one think block and then exactly one answer block, not empty; else 0.
 
     >>> format_reward("<think> hm </think> <answer> left </answer>"), format_reward("<answer> left </answer>")
     (1.0, 0.0)
     """
-    return float(bool(WELL_FORMED.fullmatch(completion)) and all(completion.count(tag) == 1 for tag in TAGS))
+    one_think_block = completion.count("<think>") == completion.count("</think>") == 1
+    one_answer_block = extract_answer(completion, strict=True) is not None
+    return float(one_think_block and one_answer_block and bool(WELL_FORMED.fullmatch(completion)))
 
 
 # name -> function(completion, num_tokens, **columns of the data row) -> float; completion starts with <think>
@@ -321,7 +323,6 @@ def encode_prompt(model, prompt):
     """
     ids = prompt.input_ids[:, :-1]
     output = model.model(input_ids=ids, position_ids=prompt.position_ids[:, :, :-1], use_cache=True,
-                         mm_token_type_ids=(ids == model.config.image_token_id).int(),
                          pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
     return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
 
@@ -608,10 +609,10 @@ def load_processors(path, min_pixels=None, max_pixels=None):
 
 
 def set_threads(model):
-    """Cores / local processes. The launcher sets OMP_NUM_THREADS=1 and python does not; without this their speed
-    and their bits would differ. A model as small as the toy's gets one: its threads would only wait for another."""
-    small = sum(p.numel() for p in model.parameters()) < 1e7
-    torch.set_num_threads(1 if small else max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
+    """Cores / local processes: the launcher sets OMP_NUM_THREADS=1 and python does not, so that without this
+    their speed and their bits would differ. One for a model as small as the toy's, where two only wait."""
+    threads = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(1 if sum(p.numel() for p in model.parameters()) < 1e7 else max(1, threads))
 
 
 def suppressed_tokens(model, tokenizer):
@@ -655,7 +656,10 @@ def load_data(cfg, tokenizer, image_processor):
     data = data.cast_column("images", datasets.List(datasets.Image(decode=False)))
 
     def prompt_length(number, row):
-        sizes = [open_image(image, f"{path}, row {number}", decode=False).size for image in row["images"]]
+        if not (row["question"] and row["options"] and row["answer"] in row["options"]):
+            fail(f"{path}, row {number}: question or options are empty, or the answer is not an option")
+        sizes = [open_image(image, f"{path}, row {number}", decode=False).size
+                 for image in row["images"] or []]
         tokens = [image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
                   for width, height in sizes]
         return len(tokenizer(insert_images(row_text(row), tokens)).input_ids)
@@ -686,6 +690,8 @@ def draw(rows, seed, first, count):
 def choose_output_dir(cfg):
     """-> Path. A folder named by hand must be new, unless --overwrite or --resume says what to do with it."""
     path, n = Path(cfg.output_dir or f"runs/{cfg.preset}"), 1
+    if cfg.overwrite and path.exists() and not (path / "config.json").exists():
+        fail(f"--overwrite: {path} is not the folder of a run; delete it yourself if you mean it")
     while path.exists() and not (cfg.resume or cfg.overwrite):
         if cfg.output_dir:
             fail(f"--output_dir {path} exists; --resume goes on with it, --overwrite deletes it")
@@ -720,10 +726,9 @@ def append_jsonl(path, records):
 
 
 def cut_jsonl(path, step):
-    """Drop what came after `step`: a resumed run writes it again."""
-    if path.exists():
-        lines = [line for line in path.read_text().splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(line + "\n" for line in lines))
+    """Drop what came after `step`, and a line that a killed run left half: a resumed run writes it again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
 
 
 # ---- The main loop ---------------------------------------------------------------------------------------
@@ -734,8 +739,13 @@ def main(argv=None):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     output_dir = choose_output_dir(cfg)
-    accelerator = Accelerator(log_with=cfg.log_with, project_dir=output_dir,
-                              mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    try:
+        accelerator = Accelerator(log_with=cfg.log_with, project_dir=output_dir,
+                                  mixed_precision="bf16" if torch.cuda.is_available() else "no")
+    except ValueError as error:
+        fail(f"--log_with {cfg.log_with}: {error}")
+    if cfg.log_with and not accelerator.log_with:
+        fail(f"--log_with {cfg.log_with}: install that package first")
     rank, device = accelerator.process_index, accelerator.device
     if accelerator.num_processes > 1:
         fail("this version trains on one process; start it with `accelerate launch --num_processes 1`")
@@ -757,6 +767,7 @@ def main(argv=None):
     optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     policy, optimizer = accelerator.prepare(policy, optimizer)
 
+    eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
     if cfg.overwrite and not cfg.resume:
         shutil.rmtree(output_dir, ignore_errors=True)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -766,14 +777,13 @@ def main(argv=None):
             cut_jsonl(output_dir / name, done)
     (output_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
     accelerator.init_trackers("grpo_vision", config=dataclasses.asdict(cfg))
-    if cfg.log_with and not accelerator.trackers:
-        fail(f"--log_with {cfg.log_with}: that package is not installed")
     B, G = cfg.prompts_per_step // accelerator.num_processes, cfg.num_generations  # B is this process's share
     print(f"{output_dir}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, "
           f"{len(kept)} questions, {cfg.prompts_per_step} prompts x {G} completions per step")
 
     if cfg.eval_steps and not cfg.resume:
-        eval_cvbench.track(output_dir, 0, model, tokenizer, image_processor, data, cfg)
+        eval_cvbench.track(output_dir, 0, model, tokenizer, image_processor, eval_sets,
+                           cfg.max_completion_length)
     progress = tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps)
     for step in progress:
         clock = [time.perf_counter()]
@@ -782,7 +792,7 @@ def main(argv=None):
         rows = [data[i] for i in numbers]
         prompts = []
         for i, row in zip(numbers, rows):
-            images = [open_image(image, f"{data_path}, row {i}") for image in row["images"]]
+            images = [open_image(image, f"{data_path}, row {i}") for image in row["images"] or []]
             prompts.append(build_prompt(row_text(row), images, tokenizer, image_processor, model))
         # 2. G completions of each
         generator = torch.Generator(device)
@@ -814,8 +824,9 @@ def main(argv=None):
             logps, sums = update(policy, prompts, rollout, advantages, ref_logps, old_logps, cfg)
             old_logps = logps if old_logps is None else old_logps                                 # (N, C)
             grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
-            if sane := math.isfinite(sums["loss"]) and math.isfinite(grad_norm):
-                optimizer.step()
+            if not (sane := math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
+                break
+            optimizer.step()
             optimizer.zero_grad()
         clock.append(time.perf_counter())
 
@@ -850,7 +861,9 @@ def main(argv=None):
                        + f"  length {tokens / len(texts):.1f}  kl {metrics['kl']:.3f}"
                        + f"  {clock[-1] - clock[0]:.1f} s")
         if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or step + 1 == cfg.max_steps):
-            eval_cvbench.track(output_dir, step + 1, model, tokenizer, image_processor, data, cfg)
+            eval_cvbench.track(output_dir, step + 1, model, tokenizer, image_processor, eval_sets,
+                               cfg.max_completion_length)
+            eval_cvbench.show(output_dir, data)
         if (step + 1) % cfg.save_steps == 0 or step + 1 == cfg.max_steps:
             save_model(output_dir / f"checkpoint-{step + 1}", model, tokenizer, image_processor,
                        state={"optimizer": optimizer.state_dict()})

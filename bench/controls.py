@@ -4,8 +4,8 @@
     python bench/controls.py --variants grpo flipped --seeds 1 --steps 40
 
 Needs data/toy (`python prepare_sat.py --toy`). Every run starts from the same base; the seed sets data order
-and sampling. "Before" is the first step, "after" the mean of the last ten, both of rollouts at temperature 1 on
-questions met for the first time. Runs lie in runs/controls/VARIANT-SEED and are not made twice.
+and sampling. "Before" is the first step, "after" the mean of the last ten, both of rollouts at temperature 1
+on questions met for the first time. Runs lie in runs/controls/VARIANT-SEED and are not made twice.
 """
 import argparse
 import json
@@ -42,12 +42,12 @@ def train(variant, seed, steps):
     factor = {"zeroed": 0.0, "flipped": -1.0}.get(variant, 1.0)
     grpo_vision.group_advantages = lambda *args: factor * advantages(*args)
     grpo_vision.REWARDS["length"] = lambda completion, num_tokens, **_: 0.001 * num_tokens  # the paper's try
-    grpo_vision.main(["--seed", str(seed), "--max_steps", str(steps), "--save_steps", str(steps), "--overwrite",
-                      "--output_dir", str(folder(variant, seed)), "--eval_steps", "0", *VARIANTS[variant]])
+    grpo_vision.main(["--seed", str(seed), "--max_steps", str(steps), "--save_steps", str(steps),
+                      "--eval_steps", "0", "--output_dir", str(folder(variant, seed)), *VARIANTS[variant]])
 
 
 def launch(job):
-    """One run in a process of its own. It takes one thread (see set_threads), so that two run side by side."""
+    """One run in a process of its own; it takes one thread (see set_threads), so two run side by side."""
     variant, seed, steps = job
     log = folder(variant, seed).with_suffix(".log")
     command = [sys.executable, __file__, "--one", variant, str(seed), "--steps", str(steps)]
@@ -57,7 +57,7 @@ def launch(job):
 
 
 def curve(variant, seed, column):
-    """-> the column's value at each step; the accuracy of a run that was not rewarded for it from its completions."""
+    """-> the column's value at each step; accuracy that was not rewarded is read off the completions."""
     import grpo_vision
     path = folder(variant, seed)
     metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
