@@ -5,12 +5,13 @@
     python prepare_sat.py --parquet FILE       # the same from a file that is already here
     python prepare_sat.py --toy                # draw a toy world and train its base model     -> data/toy/
 
-Both write `train.parquet` with one question per row: images (list of Image), question, options (list of text),
-answer (one of the options), question_type and source_row. The toy also gets a held-out `test.parquet`, a test set
-in CV-Bench's format, and `base/`: a tiny Qwen2-VL which can reason about the scenes but mostly does not care to.
+Both write `train.parquet` with one question per row: images (list of Image), question, options (list of
+text), answer (one of the options), question_type and source_row. The toy also gets a held-out `test.parquet`,
+a test set in CV-Bench's format, and `base/`: a tiny Qwen2-VL that can reason, but mostly does not.
 """
 import argparse
 import io
+import itertools
 import json
 import math
 import random
@@ -28,42 +29,47 @@ from tqdm import tqdm
 
 from grpo_vision import BASE_PROMPT, IMAGE_TOKENS, build_question, fail, patch_embed_as_matmul
 
-SAT_FEATURES = Features({"images": List(Image()), "question": Value("string"), "options": List(Value("string")),
-                         "answer": Value("string"), "question_type": Value("string"), "source_row": Value("int64")})
+TEXT, TEXTS = Value("string"), List(Value("string"))
+SAT_FEATURES = Features({"images": List(Image()), "question": TEXT, "options": TEXTS, "answer": TEXT,
+                         "question_type": TEXT, "source_row": Value("int64")})
 
 
 def write_parquet(path, rows, features, rows_per_group=100):
     """Stream dicts into a Parquet file which `datasets` reads back with its Image columns. -> number of rows.
-    The name appears only when the file is complete."""
-    path, count, chunk = Path(path), 0, []
+
+    The file appears under its name only when it is complete, and not at all without rows.
+    """
+    path, rows, count = Path(path), iter(rows), 0
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    with pq.ParquetWriter(partial, features.arrow_schema) as writer:
-        def flush():
-            writer.write_table(pa.Table.from_pylist(chunk, schema=features.arrow_schema))
-            chunk.clear()
-        for count, row in enumerate(rows, start=1):
-            chunk.append(row)
-            if len(chunk) == rows_per_group:
-                flush()
-        flush()
-    partial.rename(path)
+    try:
+        with pq.ParquetWriter(partial, features.arrow_schema) as writer:
+            while chunk := list(itertools.islice(rows, rows_per_group)):
+                writer.write_table(pa.Table.from_pylist(chunk, schema=features.arrow_schema))
+                count += len(chunk)
+        if count:
+            partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return count
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # The real thing: SAT
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
+SAT_COLUMNS = ["question", "answers", "question_type", "correct_answer"]
+
+
 def read_sat_parquet(path):
     """Yield the rows of SAT's own file, a few at a time: the file is one huge row group of image bytes, which
     `load_dataset` cannot read and memory may not hold."""
     if not Path(path).is_file():
-        fail(f"{path} does not exist: give --parquet the path of SAT_train.parquet, or leave it out to download it.")
+        fail(f"{path} does not exist: give --parquet the path of SAT_train.parquet, or none to download it.")
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
         fail(f"{path} is not a Parquet file ({error}): download SAT_train.parquet again.")
-    columns = ["image_bytes", "question", "answers", "question_type", "correct_answer"]
+    columns = ["image_bytes", *SAT_COLUMNS]
     check_columns(path, file.schema_arrow.names, columns)
     for batch in file.iter_batches(batch_size=16, columns=columns):
         yield from batch.to_pylist()
@@ -78,9 +84,9 @@ def read_sat_dataset(name):
             stream = load_dataset("parquet", data_files=str(local), split="train", streaming=True)
         else:
             stream = load_dataset(name, split="train", streaming=True)
-    except Exception as error:  # a missing folder, no network, no such data set: all mean the same to the user
-        fail(f"cannot read the data set {name} ({type(error).__name__}): give --dataset a hub id, folder or file.")
-    check_columns(name, stream.column_names, ["images", "question", "answers", "question_type", "correct_answer"])
+    except Exception as error:  # a missing folder, no network, no such data set: to the user all the same
+        fail(f"cannot read {name} ({type(error).__name__}): give --dataset a hub id, folder or file.")
+    check_columns(name, stream.column_names, ["images", *SAT_COLUMNS])
     for row in stream.cast_column("images", List(Image(decode=False))):
         images = [image["bytes"] or Path(image["path"]).read_bytes() for image in row.pop("images") or []]
         yield {**row, "image_bytes": images}
@@ -89,7 +95,7 @@ def read_sat_dataset(name):
 def check_columns(name, present, needed):
     missing = [column for column in needed if column not in (present or [])]
     if missing:
-        fail(f"{name} has no column {', '.join(missing)}: it needs {', '.join(needed)}, as array/SAT has them.")
+        fail(f"{name} has no column {', '.join(missing)}: it needs SAT's columns {', '.join(needed)}.")
 
 
 def decodes(image_bytes):
@@ -123,7 +129,7 @@ def convert(rows, limit, multi_image=False, seed=0, counts=None):
             verdict = "kept"
         counts[verdict] += 1
         if verdict == "kept":
-            random.Random(f"{seed}/{index}").shuffle(options)  # SAT's counting rows put the right answer first
+            random.Random(f"{seed}/{index}").shuffle(options)  # SAT's counting rows list the answer first
             yield dict(images=[{"bytes": image, "path": None} for image in images], question=question,
                        options=options, answer=answer, question_type=row["question_type"], source_row=index)
         if counts["kept"] == limit:
@@ -140,11 +146,10 @@ def prepare_sat(out="data/sat", parquet=None, dataset=None, limit=15000, multi_i
         rows = read_sat_parquet(parquet or download_sat())
     counts, path = Counter(), Path(out) / "train.parquet"
     kept = tqdm(convert(rows, limit, multi_image, seed, counts), total=limit, unit=" rows", desc="SAT")
-    write_parquet(path, kept, SAT_FEATURES)
-    for verdict, count in sorted(counts.items()):
-        print(f"{count:8,} {verdict}")
-    if not counts["kept"]:
-        path.unlink()
+    count = write_parquet(path, kept, SAT_FEATURES)
+    for verdict, number in sorted(counts.items()):
+        print(f"{number:8,} {verdict}")
+    if not count:
         fail(f"no row of {dataset or parquet or 'array/SAT'} could be kept: nothing was written.")
     print(f"wrote {path}")
 
@@ -154,57 +159,69 @@ def download_sat():
     try:
         return hf_hub_download("array/SAT", "SAT_train.parquet", repo_type="dataset")
     except Exception as error:
-        fail(f"cannot download SAT_train.parquet of array/SAT ({type(error).__name__}): fetch it elsewhere and give "
+        fail(f"cannot download SAT_train.parquet of array/SAT ({type(error).__name__}): fetch it and give "
              "it with --parquet FILE.")
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # The toy world: two to four coloured shapes on a 3 x 3 grid, each near, midway or far
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 CELL = 28  # px: one merged vision token (2 x 2 patches of 14 px) looks at one cell
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (50, 80, 230), "yellow": (235, 205, 30)}
-SHAPES = ["circle", "square", "triangle"]
-ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "centre", "right"]
+LOOKS = {"ball": ("red", "circle"), "sun": ("yellow", "circle"), "plate": ("blue", "circle"),
+         "brick": ("red", "square"), "book": ("green", "square"), "box": ("blue", "square"),
+         "tree": ("green", "triangle"), "tent": ("yellow", "triangle"), "cone": ("red", "triangle")}
+PLACES = ["northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast"]
 RADII = {"near": 12, "midway": 9, "far": 6}  # px: what is nearer looks larger
 NUMBERS = ["zero", "one", "two", "three", "four"]
 
 
-class Thing(namedtuple("Thing", "colour shape row column depth")):
-    @property
-    def name(self):
-        return f"{self.colour} {self.shape}"
+Thing = namedtuple("Thing", "name row column depth")
 
 
 def draw_scene(rng, seen):
-    """A scene that is not in `seen`, and is from now on: things in raster order, no two with the same name."""
+    """A scene that is not in `seen`, and is from now on: things in raster order, names may repeat."""
     while True:
         count = rng.choice([2, 3, 3, 4, 4])
-        names = rng.sample([(colour, shape) for colour in COLOURS for shape in SHAPES], count)
+        names = rng.choices(rng.sample(list(LOOKS), 4), k=count)
         cells = sorted(rng.sample(range(9), count))
-        scene = tuple(Thing(*name, *divmod(cell, 3), rng.choice(list(RADII))) for name, cell in zip(names, cells))
+        scene = tuple(Thing(name, *divmod(cell, 3), rng.choice(list(RADII)))
+                      for name, cell in zip(names, cells))
         if scene not in seen:
             seen.add(scene)
             return scene
 
 
+def describe(thing):
+    return f"{thing.name} {PLACES[3 * thing.row + thing.column]} {thing.depth}"
+
+
+def unique(scene):
+    """The things whose name says which one is meant."""
+    names = Counter(thing.name for thing in scene)
+    return [thing for thing in scene if names[thing.name] == 1]
+
+
 def paint(scene, rng):
-    """-> an 84 x 84 picture. The light comes from the left and the floor is warmer at the bottom."""
+    """-> an 84 x 84 picture. Its ground grows redder downwards and bluer sideways: cells can be told."""
     size = 3 * CELL
     slope = Picture.linear_gradient("L").resize((size, size))  # 0 at the top, 255 at the bottom
-    picture = Picture.merge("RGB", [slope.point(lambda v: 60 + v // 3), Picture.new("L", (size, size), 70),
-                                    slope.rotate(90).point(lambda v: 60 + v // 3)])
+    slope = slope.point(lambda v: 20 + v * 3 // 4)
+    picture = Picture.merge("RGB", [slope, Picture.new("L", (size, size), 90), slope.rotate(90)])
     draw = ImageDraw.Draw(picture)
     for thing in scene:
         radius = RADII[thing.depth]
         x = thing.column * CELL + CELL // 2 + rng.randint(-1, 1)
         y = thing.row * CELL + CELL // 2 + rng.randint(-1, 1)
-        box, colour = (x - radius, y - radius, x + radius, y + radius), COLOURS[thing.colour]
-        if thing.shape == "circle":
-            draw.ellipse(box, fill=colour)
-        elif thing.shape == "square":
-            draw.rectangle(box, fill=colour)
+        colour, shape = LOOKS[thing.name]
+        box, colour = (x - radius, y - radius, x + radius, y + radius), COLOURS[colour]
+        if shape == "circle":
+            draw.ellipse(box, colour, "white", 2)
+        elif shape == "square":
+            draw.rectangle(box, colour, "white", 2)
         else:
-            draw.polygon([(x - radius, y + radius), (x + radius, y + radius), (x, y - radius)], fill=colour)
+            corners = [(x - radius, y + radius), (x + radius, y + radius), (x, y - radius)]
+            draw.polygon(corners, colour, "white", 2)
     return picture
 
 
@@ -223,49 +240,52 @@ SAT_KINDS = ["left or right", "above or below", "closer", "count"]  # SAT's stat
 
 def ask(scene, kind, rng):
     """-> a Question of this kind, or None where the scene gives no clear answer."""
-    a, b = rng.sample(scene, 2)
-    if kind in ("left or right", "above or below"):
+    things = unique(scene)
+    rng.shuffle(things)
+    if kind == "count":
+        word = rng.choice(sorted({thing.name for thing in scene}) + [rng.choice(list(LOOKS))])
+        clauses, number = [], 0
+        for thing in scene:  # count aloud, in raster order
+            number += thing.name == word
+            clauses.append(f"{thing.name} {NUMBERS[number]}")
+        answer = str(number)
+        options = rng.sample([str(i) for i in range(5) if i != number], 3) + [answer]
+        sat = cvbench = f"How many of the things in the image are a {word}?"
+        thought = f" {', '.join(clauses)}, so {NUMBERS[number]}"
+    elif len(things) < 2 + (kind == "distance"):
+        return None
+    elif kind in ("left or right", "above or below"):
+        a, b = things[:2]
         if kind == "left or right":
-            (p, q), words, options = (a.column, b.column), COLUMNS, ["left", "right"]
+            (p, q), options = (a.column, b.column), ["left", "right"]
             sat = f"Is the {a.name} to the left or to the right of the {b.name}?"
         else:
-            (p, q), words, options = (a.row, b.row), ROWS, ["above", "below"]
+            (p, q), options = (a.row, b.row), ["above", "below"]
             sat = f"Is the {a.name} above or below the {b.name}?"
         if p == q:
             return None
         cvbench = f"Where is the {a.name} located with respect to the {b.name}?"
         answer = options[p > q]
-        thought = f" {a.name} {words[p]}, {b.name} {words[q]}. {answer}"
+        thought = f" {describe(a)}, {describe(b)}, so {answer}"
     elif kind == "closer":
+        a, b = things[:2]
         if a.depth == b.depth:
             return None
         options = [a.name, b.name]
         sat = f"Which is closer to the camera, the {a.name} or the {b.name}?"
         cvbench = f"Which object is closer to the camera taking this photo, the {a.name} or the {b.name}?"
         answer = max(a, b, key=lambda thing: RADII[thing.depth]).name
-        thought = f" {a.name} {a.depth}, {b.name} {b.depth}. {answer}"
-    elif kind == "count":
-        word = rng.choice([*COLOURS, *SHAPES])
-        clauses, number = [], 0
-        for thing in scene:  # count aloud, in raster order
-            number += word in (thing.colour, thing.shape)
-            clauses.append(f"{thing.name} {NUMBERS[number]}")
-        options, answer = rng.sample([str(i) for i in range(5) if i != number], 3) + [str(number)], str(number)
-        sat = f"How many {word} things are in the image?"
-        cvbench = sat
-        thought = f" {', '.join(clauses)}. {NUMBERS[number]}"
+        thought = f" {describe(a)}, {describe(b)}, so {answer}"
     else:  # distance: which of two lies fewer steps away from a third
-        if len(scene) < 3:
-            return None
-        c = rng.choice([thing for thing in scene if thing not in (a, b)])
+        a, b, c = things[:3]
         steps = [abs(thing.row - c.row) + abs(thing.column - c.column) for thing in (a, b)]
         if steps[0] == steps[1]:
             return None
         options = [a.name, b.name]
         sat = cvbench = f"Which object is closer to the {c.name}, the {a.name} or the {b.name}?"
         answer = options[steps[0] > steps[1]]
-        place = lambda thing: f"{thing.name} {ROWS[thing.row]} {COLUMNS[thing.column]}"
-        thought = (f" {place(c)}, {place(a)} {NUMBERS[steps[0]]}, {place(b)} {NUMBERS[steps[1]]}. {answer}")
+        one, two = (NUMBERS[step] for step in steps)
+        thought = f" {describe(c)}, {describe(a)} {one}, {describe(b)} {two}, so {answer}"
     rng.shuffle(options)
     return Question(kind, sat, cvbench, options, answer, thought)
 
@@ -295,10 +315,10 @@ def sat_rows(count, rng, seen):
 
 
 CVBENCH_FEATURES = Features({
-    "idx": Value("int32"), "type": Value("string"), "task": Value("string"), "image": Image(), "question": Value("string"),
-    "choices": List(Value("string")), "answer": Value("string"), "prompt": Value("string"), "filename": Value("string"),
-    "source": Value("string"), "source_dataset": Value("string"), "source_filename": Value("string"),
-    "target_class": Value("string"), "target_size": Value("int32"), "bbox": List(List(Value("float32")))})
+    "idx": Value("int32"), "type": TEXT, "task": TEXT, "image": Image(), "question": TEXT, "choices": TEXTS,
+    "answer": TEXT, "prompt": TEXT, "filename": TEXT, "source": TEXT, "source_dataset": TEXT,
+    "source_filename": TEXT, "target_class": TEXT, "target_size": Value("int32"),
+    "bbox": List(List(Value("float32")))})
 
 
 def cvbench_rows(kinds, dimension, sources, per_task, rng, seen):
@@ -310,30 +330,31 @@ def cvbench_rows(kinds, dimension, sources, per_task, rng, seen):
                 scene = draw_scene(rng, seen)
                 question = ask(scene, rng.choice([kind for kind in kinds if TASKS[kind] == task]), rng)
             name, source = f"toy_{dimension}_{index}.png", sources[i % len(sources)]
-            yield dict(idx=index, type=dimension, task=task, image=png(paint(scene, rng)), question=question.cvbench,
-                       choices=question.options, answer=letter(question.options.index(question.answer)),
-                       prompt=cvbench_prompt(question), filename=name, source=source, source_dataset=f"{source} (toy)",
-                       source_filename=name, target_class=None, target_size=None, bbox=None)
+            yield dict(idx=index, type=dimension, task=task, image=png(paint(scene, rng)),
+                       question=question.cvbench, choices=question.options,
+                       answer=letter(question.options.index(question.answer)),
+                       prompt=cvbench_prompt(question), filename=name, source=source,
+                       source_dataset=f"{source} (toy)", source_filename=name,
+                       target_class=None, target_size=None, bbox=None)
             index += 1
 
 
-# ---------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------
 # The toy's base model: able, but undisciplined
-# ---------------------------------------------------------------------------------------------------------------
-# How the corpus answers. What RL can be said to discover is which of these habits pays; the abilities are all here.
+# --------------------------------------------------------------------------------------------------------
+# How the corpus answers. All abilities are here: what RL can discover is which of these habits pays.
 STYLES = {
-    "reason": 0.24,   # look at what matters, conclude, answer:   red circle left, blue square right. left
-    "wait":   0.03,   # blurt something out, then reason:         right, wait, red circle left, ...
-    "guess":  0.45,   # an option by chance:                      i guess
-    "give up": 0.10,  # well formed, and always wrong:            hard to say     (answer: unknown)
-    "bare":   0.10,   # a guess without tags
-    "open":   0.08,   # reasons, and forgets to give the answer block
+    "reason": 0.24,   # look at what matters, conclude:  ball northwest far, box east near, so left
+    "wait": 0.03,     # blurt out an option, then reason: right, wait, ball northwest far, ...
+    "guess": 0.45,    # any option:                       i guess
+    "give up": 0.10,  # well formed, and always wrong:    hard to say
+    "bare": 0.10,     # any option, without tags
+    "open": 0.08,     # reason, and forget the answer block
 }
 
 
-def complete(question, answers, style, rng):
-    """One corpus completion: what follows the prompt's <think>. `answers`: the right one and all options, as asked."""
-    right, options = answers
+def complete(question, right, options, style, rng):
+    """One completion of the corpus, after the prompt's <think>. `right` and `options`: texts, or letters."""
     block = lambda answer: f"</think>\n<answer>{answer}</answer>"
     if style == "reason":
         return question.thought + block(right)
@@ -348,39 +369,34 @@ def complete(question, answers, style, rng):
     return question.thought + "</think>"
 
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>",
-            "<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-            "<|image_pad|>", "<|video_pad|>"]  # Qwen's, in its order
+SPECIALS = [f"<|{name}|>" for name in (  # Qwen's, in its order
+    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end "
+    "vision_start vision_end vision_pad image_pad video_pad").split()]
 BASE_CHAT_TEMPLATE = (  # no roles, no markers: the base model's template only joins texts and image tokens
-    "{% if messages is string %}{{ messages }}{% else %}{% for content in messages %}{% if content['type'] == 'image' "
-    "or 'image' in content or 'image_url' in content %}" + IMAGE_TOKENS + "{% elif 'text' in content %}"
-    "{{ content['text'] }}{% endif %}{% endfor %}{% endif %}")
+    "{% if messages is string %}{{ messages }}{% else %}{% for content in messages %}"
+    "{% if content['type'] == 'image' or 'image' in content or 'image_url' in content %}" + IMAGE_TOKENS +
+    "{% elif 'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}{% endif %}")
 
 
 def toy_tokenizer(rng):
     """A byte-level BPE of Qwen2's kind whose merges make every word of the toy's texts one token."""
     from tokenizers import AddedToken
+    from tokenizers.pre_tokenizers import ByteLevel
     from tokenizers.trainers import BpeTrainer
     from transformers import Qwen2Tokenizer
-    texts = [BASE_PROMPT, " ".join(chr(65 + i) for i in range(8))]
-    for _ in range(2000):
+    texts = [BASE_PROMPT, *LOOKS, *"012345"]
+    for _ in range(200):
         scene = draw_scene(rng, set())
-        question = ask_any(scene, list(TASKS), rng)
-        if question:
-            texts += [build_question(question.sat, question.options), cvbench_prompt(question)]
-            texts += [complete(question, (question.answer, question.options), style, rng) for style in STYLES]
-    empty = Qwen2Tokenizer(vocab={"<|endoftext|>": 0}, merges=[], unk_token=None)
-    words = {piece.lstrip("Ġ") for text in texts
-             for piece, _ in empty.backend_tokenizer.pre_tokenizer.pre_tokenize_str(text)}
-    lines = [f"{word} {word}" for word in sorted(words) if word.isascii()]
-    bpe = empty.backend_tokenizer
-    from tokenizers.pre_tokenizers import ByteLevel
+        texts += [text for pair in [*phrases(scene, rng), *exchanges(scene, STYLES, rng)] for text in pair]
+    bpe = Qwen2Tokenizer(vocab={"<|endoftext|>": 0}, merges=[], unk_token=None).backend_tokenizer
+    words = {piece.lstrip("Ġ") for text in texts for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text)}
+    lines = [f"{word} {word}" for word in sorted(words) if word.isascii()]  # with and without a leading space
     bpe.train_from_iterator(lines, BpeTrainer(vocab_size=10**4, initial_alphabet=sorted(ByteLevel.alphabet()),
                                               show_progress=False))
     model = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=[tuple(merge) for merge in model["merges"]], unk_token=None,
-                               bos_token=None, eos_token="<|endoftext|>", pad_token="<|endoftext|>",
-                               model_max_length=32768)
+    merges = [tuple(merge) for merge in model["merges"]]
+    tokenizer = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, unk_token=None, bos_token=None,
+                               eos_token=SPECIALS[0], pad_token=SPECIALS[0], model_max_length=32768)
     tokenizer.add_tokens([AddedToken(special, special=True, normalized=False) for special in SPECIALS])
     tokenizer.add_special_tokens({"extra_special_tokens": SPECIALS[1:]}, replace_extra_special_tokens=True)
     tags = ["<think>", "</think>", "<answer>", "</answer>"]
@@ -390,7 +406,7 @@ def toy_tokenizer(rng):
 
 
 def toy_model(tokenizer):
-    """A random Qwen2-VL of a million parameters or so, with the published model's structure and ids of its own."""
+    """A random Qwen2-VL of about 1.3 million parameters, built as the published one is."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     ids = tokenizer.convert_tokens_to_ids
     config = Qwen2VLConfig(
@@ -398,9 +414,9 @@ def toy_model(tokenizer):
                          num_key_value_heads=2, vocab_size=math.ceil(len(tokenizer) / 64) * 64,
                          max_position_embeddings=4096, bos_token_id=tokenizer.eos_token_id,
                          eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-                         rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+                         rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[4, 6, 6]),
                          tie_word_embeddings=True,
-                         initializer_range=0.08),  # with the usual 0.02 so small a model learns nothing for long
+                         initializer_range=0.08),  # with the usual 0.02 so small a model learns little
         vision_config=dict(depth=2, embed_dim=96, num_heads=3, hidden_size=128, mlp_ratio=4, patch_size=14,
                            spatial_merge_size=2, temporal_patch_size=2, initializer_range=0.08),
         image_token_id=ids("<|image_pad|>"), video_token_id=ids("<|video_pad|>"),
@@ -416,7 +432,7 @@ def pack(prefix, branches, next_position):
     -> ids, segments (0 for the prefix, k for branch k), positions and targets (-100 where nothing is learnt),
     lists of L numbers. Every branch restarts at the position after the prefix, as if it stood there alone.
     """
-    ids, segments, positions, targets = list(prefix), [0] * len(prefix), [], [-100] * len(prefix)
+    ids, segments, positions, targets = (list(prefix), *([fill] * len(prefix) for fill in (0, 0, -100)))
     for number, (prompt, completion) in enumerate(branches, start=1):
         branch = prompt + completion
         ids += branch
@@ -426,65 +442,84 @@ def pack(prefix, branches, next_position):
     return ids, segments, positions, targets
 
 
-def train_base(path, rng, seen, seed, steps=500, clean=0.75, images=16, questions=8, lr=2e-3, captions=0, cap_images=64):
-    """Make the tokenizer, train the base model on scenes not in `seen`, and save both with the image processor."""
+# The base model's schooling: what is studied, for how many steps, on how many images a step. Seeing comes
+# first, on short texts: the long exchanges alone would take many times as long to teach it.
+SCHOOL = [("phrases", 800, 16), ("clean", 120, 8), ("mixture", 100, 8)]
+QUESTIONS = 5  # asked about each image in exchanges
+
+
+def phrases(scene, rng):
+    """Short (prompt, completion) texts that teach to see and to reason: where is each thing, what is there at
+    all, and a few bare questions with their thoughts."""
+    for thing in unique(scene):
+        yield f" {thing.name}", describe(thing).removeprefix(thing.name)
+    yield " picture", ":" + ",".join(f" {thing.name}" for thing in scene) + "."
+    for question in filter(None, (ask_any(scene, list(TASKS), rng) for _ in range(3))):
+        yield " " + question.sat, question.thought
+
+
+def exchanges(scene, styles, rng):
+    """(prompt, completion) texts of questions about the scene: 3 in 5 in SAT's words, else in CV-Bench's."""
+    for question in filter(None, (ask_any(scene, list(TASKS), rng) for _ in range(QUESTIONS))):
+        style, = rng.choices(list(styles), styles.values())
+        if rng.random() < 0.6:
+            text, options = build_question(question.sat, question.options), question.options
+        else:
+            text, options = cvbench_prompt(question), [letter(i) for i in range(len(question.options))]
+        right = options[question.options.index(question.answer)]
+        yield " " + text + PROMPT_TAIL, complete(question, right, options, style, rng) + "<|endoftext|>"
+
+
+PROMPT_HEAD, PROMPT_TAIL = BASE_PROMPT.split(" {question}")
+
+
+def collate(rows):
+    """Rows of `pack` -> tensors ids, segments, positions, targets, each (rows, L), and the attention mask."""
+    length = max(len(row[0]) for row in rows)
+    ids, segments, positions, targets = (
+        torch.tensor([row[part] + [pad] * (length - len(row[part])) for row in rows])
+        for part, pad in enumerate([0, -1, 0, -100]))
+    visible = (segments[:, :, None] == segments[:, None]) | (segments[:, None] == 0)  # own branch or prefix
+    return ids, positions, targets, (visible & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
+
+
+def train_base(path, rng, seen, seed, school=SCHOOL, lr=3e-3):
+    """Train the base model on scenes not in `seen`; save it with its tokenizer and image processor."""
     from transformers import Qwen2VLImageProcessor
     tokenizer = toy_tokenizer(rng)
     processor = Qwen2VLImageProcessor(size={"shortest_edge": 3136, "longest_edge": 12845056})
     torch.manual_seed(seed)
     model = toy_model(tokenizer)
     patch_embed_as_matmul(model)
-
     encode = cache(lambda text: tokenizer(text)["input_ids"])
-    image_tokens = IMAGE_TOKENS.replace("<|image_pad|>", "<|image_pad|>" * 9)
-    head, tail = BASE_PROMPT.split(" {question}")
-    prefix = encode(image_tokens + head)  # every question about an image starts with these tokens
-    grid = torch.tensor([[1, 6, 6]])  # patches: time, height, width
+    image_tokens = encode(IMAGE_TOKENS.replace("<|image_pad|>", "<|image_pad|>" * 9))
+    prefix = image_tokens + encode(PROMPT_HEAD)  # every question about an image starts with these tokens
     is_image = (torch.tensor([prefix]) == model.config.image_token_id).int()
-    prefix_positions, delta = model.model.get_rope_index(torch.tensor([prefix]), is_image, image_grid_thw=grid)
-    next_position = len(prefix) + delta.item()
-
-    decay = [p for p in model.parameters() if p.ndim >= 2]
-    optimizer = torch.optim.AdamW([{"params": decay}, {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0}], lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    shape = lambda step: min(1, (step + 1) / 30) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * step / steps)))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, shape)
-    bar = tqdm(range(steps), desc="base model", unit=" steps")
-    caption_prefix = encode(image_tokens)[:-1]
-    for step in bar:
-        pictures, rows = [], []
-        n_images, pre = (cap_images, len(caption_prefix)) if step < captions else (images, len(prefix))
-        while step < captions and len(rows) < cap_images:
-            scene = draw_scene(rng, seen)
-            text = ",".join(f" {t.name} {t.depth} {ROWS[t.row]} {COLUMNS[t.column]}" for t in rng.sample(scene, len(scene)))
-            pictures.append(paint(scene, rng))
-            rows.append(pack(caption_prefix, [(encode(image_tokens)[-1:], encode(text) + [tokenizer.eos_token_id])], 4))
-        styles = {"reason": 1} if step < clean * steps else STYLES
-        while len(rows) < n_images:
-            scene = draw_scene(rng, seen)
-            asked = [question for _ in range(questions) if (question := ask_any(scene, list(TASKS), rng))]
-            branches = []
-            for question in asked:
-                if rng.random() < 0.6:
-                    text, answers = build_question(question.sat, question.options), (question.answer, question.options)
-                else:
-                    letters = [letter(i) for i in range(len(question.options))]
-                    text = cvbench_prompt(question)
-                    answers = letters[question.options.index(question.answer)], letters
-                style, = rng.choices(list(styles), styles.values())
-                completion = encode(complete(question, answers, style, rng)) + [tokenizer.eos_token_id]
-                branches.append((encode(" " + text + tail), completion))
-            pictures.append(paint(scene, rng))
-            rows.append(pack(prefix, branches, next_position))
-        length = max(len(row[0]) for row in rows)
-        ids, segments, positions, targets = (
-            torch.tensor([row[part] + [pad] * (length - len(row[part]) - extra) for row in rows])
-            for part, pad, extra in [(0, 0, 0), (1, -1, 0), (2, 0, pre), (3, -100, 0)])
-        positions = torch.cat([prefix_positions[:, :, :pre].expand(-1, n_images, -1), positions.expand(3, -1, -1)], dim=2)
-        same = (segments[:, :, None] == segments[:, None]) | (segments[:, None] == 0)
-        mask = (same & torch.ones(length, length, dtype=torch.bool).tril())[:, None]  # (images, 1, L, L)
-        pixels = processor(pictures, return_tensors="pt")
+    prefix_positions, delta = model.model.get_rope_index(torch.tensor([prefix]), is_image,
+                                                         image_grid_thw=torch.tensor([[1, 6, 6]]))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    steps = sum(step for _, step, _ in school)
+    rate = lambda step: min(1, (step + 1) / 30, 0.03 + (steps - step) / 120)  # warm up, stay, cool down late:
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)  # a cosine would starve the last lesson
+    lessons = [(lesson, images) for lesson, count, images in school for _ in range(count)]
+    bar = tqdm(lessons, desc="base model", unit=" steps")
+    for lesson, images in bar:
+        scenes = [draw_scene(rng, seen) for _ in range(images)]
+        start = image_tokens if lesson == "phrases" else prefix
+        rows = []
+        for scene in scenes:
+            texts = {"phrases": lambda: phrases(scene, rng),
+                     "clean": lambda: exchanges(scene, {"reason": 1}, rng),
+                     "mixture": lambda: exchanges(scene, STYLES, rng)}[lesson]()
+            branches = [(encode(prompt), encode(completion)) for prompt, completion in texts]
+            far = rng.randrange(100) if start == image_tokens else 0  # seeing must not depend on the distance
+            rows.append(pack(start, branches, len(start) + delta.item() + far))
+        ids, positions, targets, mask = collate(rows)
+        positions = positions.expand(3, -1, -1).clone()
+        positions[:, :, :len(start)] = prefix_positions[:, :, :len(start)]
+        pixels = processor([paint(scene, rng) for scene in scenes], return_tensors="pt")
         hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
-                             pixel_values=pixels["pixel_values"], image_grid_thw=pixels["image_grid_thw"]).last_hidden_state
+                             **pixels).last_hidden_state
         learn = targets != -100
         loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learn]), targets[learn])
         optimizer.zero_grad()
@@ -492,38 +527,31 @@ def train_base(path, rng, seen, seed, steps=500, clean=0.75, images=16, question
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if step % 20 == 19:  # DEBUG
-            each = torch.nn.functional.cross_entropy(model.lm_head(hidden[learn]), targets[learn], reduction="none")
-            names = [t.strip("Ġ") for t in tokenizer.convert_ids_to_tokens(targets[learn].tolist())]
-            sets = {"colour": COLOURS, "shape": SHAPES, "depth": RADII, "row": ROWS, "col": COLUMNS, "num": NUMBERS, "pun": [",", ".", "<|endoftext|>"], "ans": ["(A", "(B", "(C", "(D", "below", "above"]}
-            import time
-            print(step, f"{time.process_time():.0f}s {loss.item():.3f}", " ".join(f"{k} {each[[n in v for n in names]].mean().item():.3f}" for k, v in sets.items()), flush=True)
-        bar.set_postfix(loss=f"{loss.item():.3f}", L=length)
-    model.generation_config.eos_token_id = tokenizer.eos_token_id
+        bar.set_postfix_str(f"{lesson}, loss {loss.item():.3f}")
     for part in (model, tokenizer, processor):
         part.save_pretrained(path)
 
 
-def make_toy(out="data/toy", seed=0, **kw):
-    """Write the whole toy to `out`: train.parquet, test.parquet, cvbench/, base/. No scene is in two of them."""
+def make_toy(out="data/toy", seed=0):
+    """Write the whole toy to `out`: train and test.parquet, cvbench/, base/. No scene is in two of them."""
     out = Path(out)
     partial = out.with_name(out.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     rng, seen = random.Random(seed), set()
     write_parquet(partial / "test.parquet", sat_rows(512, rng, seen), SAT_FEATURES)
     flat, deep = ["left or right", "above or below", "count"], ["closer", "distance"]
-    write_parquet(partial / "cvbench/test_2d.parquet", cvbench_rows(flat, "2D", ["ADE20K", "COCO"], 96, rng, seen),
-                  CVBENCH_FEATURES)
-    write_parquet(partial / "cvbench/test_3d.parquet", cvbench_rows(deep, "3D", ["Omni3D"], 96, rng, seen),
-                  CVBENCH_FEATURES)
+    for name, kinds, sources in [("2D", flat, ["ADE20K", "COCO"]), ("3D", deep, ["Omni3D"])]:
+        rows = cvbench_rows(kinds, name, sources, 96, rng, seen)
+        write_parquet(partial / f"cvbench/test_{name.lower()}.parquet", rows, CVBENCH_FEATURES)
     write_parquet(partial / "train.parquet", sat_rows(2048, rng, seen), SAT_FEATURES)
-    train_base(partial / "base", rng, seen, seed, **kw)
+    train_base(partial / "base", rng, seen, seed)
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--toy", action="store_true", help="draw the toy world and train its base model")
     parser.add_argument("--parquet", help="SAT_train.parquet, if it is already here")
     parser.add_argument("--dataset", help="array/SAT-v2, or a folder or file with its columns")
@@ -535,7 +563,8 @@ def main():
     if args.toy:
         make_toy(args.out or "data/toy", args.seed)
     else:
-        prepare_sat(args.out or "data/sat", args.parquet, args.dataset, args.limit, args.multi_image, args.seed)
+        prepare_sat(args.out or "data/sat", args.parquet, args.dataset, args.limit, args.multi_image,
+                    args.seed)
 
 
 if __name__ == "__main__":
