@@ -23,11 +23,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from torch.nn.functional import cross_entropy
 from datasets import Features, Image, List, Value
 from PIL import Image as Picture, ImageDraw
 from tqdm import tqdm
 
-from grpo_vision import BASE_PROMPT, IMAGE_TOKENS, build_question, fail, patch_embed_as_matmul
+from grpo_vision import BASE_PROMPT, IMAGE_TOKENS, build_question, fail, patch_embed_as_matmul, set_threads
 
 TEXT, TEXTS = Value("string"), List(Value("string"))
 SAT_FEATURES = Features({"images": List(Image()), "question": TEXT, "options": TEXTS, "answer": TEXT,
@@ -344,9 +345,9 @@ def cvbench_rows(kinds, dimension, sources, per_task, rng, seen):
 # --------------------------------------------------------------------------------------------------------
 # How the corpus answers. All abilities are here: what RL can discover is which of these habits pays.
 STYLES = {
-    "reason": 0.24,   # look at what matters, conclude:  ball northwest far, box east near, so left
+    "reason": 0.30,   # look at what matters, conclude:  ball northwest far, box east near, so left
     "wait": 0.03,     # blurt out an option, then reason: right, wait, ball northwest far, ...
-    "guess": 0.45,    # any option:                       i guess
+    "guess": 0.39,    # any option:                       i guess
     "give up": 0.10,  # well formed, and always wrong:    hard to say
     "bare": 0.10,     # any option, without tags
     "open": 0.08,     # reason, and forget the answer block
@@ -387,7 +388,7 @@ def toy_tokenizer(rng):
     texts = [BASE_PROMPT, *LOOKS, *"012345"]
     for _ in range(200):
         scene = draw_scene(rng, set())
-        texts += [text for pair in [*phrases(scene, rng), *exchanges(scene, STYLES, rng)] for text in pair]
+        texts += [text for pair in [*phrases(scene), *exchanges(scene, 5, STYLES, rng)] for text in pair]
     bpe = Qwen2Tokenizer(vocab={"<|endoftext|>": 0}, merges=[], unk_token=None).backend_tokenizer
     words = {piece.lstrip("Ġ") for text in texts for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text)}
     lines = [f"{word} {word}" for word in sorted(words) if word.isascii()]  # with and without a leading space
@@ -442,77 +443,77 @@ def pack(prefix, branches, next_position):
     return ids, segments, positions, targets
 
 
-# The base model's schooling: what is studied, for how many steps, on how many images a step. Seeing comes
-# first, on short texts: the long exchanges alone would take many times as long to teach it.
-SCHOOL = [("phrases", 800, 16), ("clean", 120, 8), ("mixture", 100, 8)]
-QUESTIONS = 5  # asked about each image in exchanges
+# The base model's schooling: lesson, steps, images a step, learning rate at its begin and end. Seeing comes
+# first, on texts without the prompt's long preamble, with which it would take many times as long to teach.
+# Bad habits come last and slowly, because they make it forget.
+SCHOOL = [("seeing", 520, 16, 3e-3, 3e-3), ("reasoning", 150, 8, 3e-3, 8e-4), ("mixture", 70, 8, 8e-4, 1e-4)]
+KINDS = 2 * SAT_KINDS + ["distance"]  # what is asked, as often as listed
+PROMPT_HEAD, PROMPT_TAIL = BASE_PROMPT.split(" {question}")
 
 
-def phrases(scene, rng):
-    """Short (prompt, completion) texts that teach to see and to reason: where is each thing, what is there at
-    all, and a few bare questions with their thoughts."""
+def phrases(scene):
+    """(prompt, completion) texts that teach to see: where is each thing, and what is there at all."""
     for thing in unique(scene):
         yield f" {thing.name}", describe(thing).removeprefix(thing.name)
     yield " picture", ":" + ",".join(f" {thing.name}" for thing in scene) + "."
-    for question in filter(None, (ask_any(scene, list(TASKS), rng) for _ in range(3))):
-        yield " " + question.sat, question.thought
 
 
-def exchanges(scene, styles, rng):
-    """(prompt, completion) texts of questions about the scene: 3 in 5 in SAT's words, else in CV-Bench's."""
-    for question in filter(None, (ask_any(scene, list(TASKS), rng) for _ in range(QUESTIONS))):
-        style, = rng.choices(list(styles), styles.values())
-        if rng.random() < 0.6:
+def exchanges(scene, count, styles, rng):
+    """(prompt, completion) texts of questions about the scene: 4 in 5 in SAT's words, else in CV-Bench's."""
+    for question in filter(None, (ask_any(scene, KINDS, rng) for _ in range(count))):
+        if rng.random() < 0.8:
             text, options = build_question(question.sat, question.options), question.options
         else:
             text, options = cvbench_prompt(question), [letter(i) for i in range(len(question.options))]
+        style, = rng.choices(list(styles), styles.values())
         right = options[question.options.index(question.answer)]
         yield " " + text + PROMPT_TAIL, complete(question, right, options, style, rng) + "<|endoftext|>"
 
 
-PROMPT_HEAD, PROMPT_TAIL = BASE_PROMPT.split(" {question}")
+def study(lesson, scene, rng):
+    """-> the (prompt, completion) texts of a scene in this lesson."""
+    if lesson == "seeing":
+        return [*phrases(scene), *exchanges(scene, 3, {"reason": 1}, rng)]
+    return list(exchanges(scene, 5, {"reason": 1} if lesson == "reasoning" else STYLES, rng))
 
 
 def collate(rows):
-    """Rows of `pack` -> tensors ids, segments, positions, targets, each (rows, L), and the attention mask."""
+    """Rows of `pack` -> tensors ids, positions, targets, each (rows, L), and the attention mask
+    (rows, 1, L, L), by which each branch sees the prefix and itself."""
     length = max(len(row[0]) for row in rows)
     ids, segments, positions, targets = (
         torch.tensor([row[part] + [pad] * (length - len(row[part])) for row in rows])
         for part, pad in enumerate([0, -1, 0, -100]))
-    visible = (segments[:, :, None] == segments[:, None]) | (segments[:, None] == 0)  # own branch or prefix
+    visible = (segments[:, :, None] == segments[:, None]) | (segments[:, None] == 0)
     return ids, positions, targets, (visible & torch.ones(length, length, dtype=torch.bool).tril())[:, None]
 
 
-def train_base(path, rng, seen, seed, school=SCHOOL, lr=3e-3):
+def train_base(path, rng, seen, seed, school=SCHOOL):
     """Train the base model on scenes not in `seen`; save it with its tokenizer and image processor."""
     from transformers import Qwen2VLImageProcessor
     tokenizer = toy_tokenizer(rng)
     processor = Qwen2VLImageProcessor(size={"shortest_edge": 3136, "longest_edge": 12845056})
     torch.manual_seed(seed)
-    model = toy_model(tokenizer)
-    patch_embed_as_matmul(model)
+    model = patch_embed_as_matmul(toy_model(tokenizer))
+    set_threads(model)
     encode = cache(lambda text: tokenizer(text)["input_ids"])
     image_tokens = encode(IMAGE_TOKENS.replace("<|image_pad|>", "<|image_pad|>" * 9))
     prefix = image_tokens + encode(PROMPT_HEAD)  # every question about an image starts with these tokens
     is_image = (torch.tensor([prefix]) == model.config.image_token_id).int()
     prefix_positions, delta = model.model.get_rope_index(torch.tensor([prefix]), is_image,
                                                          image_grid_thw=torch.tensor([[1, 6, 6]]))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
-    steps = sum(step for _, step, _ in school)
-    rate = lambda step: min(1, (step + 1) / 30, 0.03 + (steps - step) / 120)  # warm up, stay, cool down late:
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)  # a cosine would starve the last lesson
-    lessons = [(lesson, images) for lesson, count, images in school for _ in range(count)]
-    bar = tqdm(lessons, desc="base model", unit=" steps")
-    for lesson, images in bar:
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.01)
+    steps = [(lesson, images, rate + (end - rate) * i / count)
+             for lesson, count, images, rate, end in school for i in range(count)]
+    bar = tqdm(steps, desc="base model")
+    for step, (lesson, images, rate) in enumerate(bar):
+        optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 30)
         scenes = [draw_scene(rng, seen) for _ in range(images)]
-        start = image_tokens if lesson == "phrases" else prefix
+        start = image_tokens if lesson == "seeing" else prefix
         rows = []
         for scene in scenes:
-            texts = {"phrases": lambda: phrases(scene, rng),
-                     "clean": lambda: exchanges(scene, {"reason": 1}, rng),
-                     "mixture": lambda: exchanges(scene, STYLES, rng)}[lesson]()
-            branches = [(encode(prompt), encode(completion)) for prompt, completion in texts]
-            far = rng.randrange(100) if start == image_tokens else 0  # seeing must not depend on the distance
+            branches = [(encode(prompt), encode(text)) for prompt, text in study(lesson, scene, rng)]
+            far = rng.randrange(100) if lesson == "seeing" else 0  # seeing must not depend on the distance
             rows.append(pack(start, branches, len(start) + delta.item() + far))
         ids, positions, targets, mask = collate(rows)
         positions = positions.expand(3, -1, -1).clone()
@@ -521,13 +522,12 @@ def train_base(path, rng, seen, seed, school=SCHOOL, lr=3e-3):
         hidden = model.model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False,
                              **pixels).last_hidden_state
         learn = targets != -100
-        loss = torch.nn.functional.cross_entropy(model.lm_head(hidden[learn]), targets[learn])
+        loss = cross_entropy(model.lm_head(hidden[learn]), targets[learn])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        schedule.step()
-        bar.set_postfix_str(f"{lesson}, loss {loss.item():.3f}")
+        bar.set_postfix_str(f"{lesson}, loss {loss.item():.2f}")
     for part in (model, tokenizer, processor):
         part.save_pretrained(path)
 

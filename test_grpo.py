@@ -402,6 +402,12 @@ def test_an_empty_answer_is_never_right(empty):
     assert not any(g.accuracy_reward(completion, answer=answer, options=OPTIONS) for answer in OPTIONS)
 
 
+@pytest.mark.parametrize("empty", ["", " ", "\n\n"])
+def test_an_empty_answer_is_not_well_formed_either(empty):
+    assert not g.format_reward(f"<think> x </think> <answer>{empty}</answer>")
+    assert g.format_reward("<think> x </think> <answer>?</answer>")
+
+
 @pytest.mark.parametrize("text, strict, expected", [
     ("<think> x </think> <answer> a\nb </answer>", True, "a\nb"), ("<answer> </answer>", True, None),
     ("<answer>1</answer><answer>2</answer>", False, "2"),
@@ -724,6 +730,9 @@ def test_output_dir_takes_the_next_free_name(tmp_path, monkeypatch):
         Path(expected).mkdir(parents=True)
     with stops("runs/toy", "--resume", "--overwrite"):
         g.choose_output_dir(g.parse_config(["--output_dir", "runs/toy"]))
+    with stops("runs/toy", "not the folder of a run"):  # --overwrite deletes runs, and nothing else
+        g.choose_output_dir(g.parse_config(["--output_dir", "runs/toy", "--overwrite"]))
+    Path("runs/toy/config.json").touch()
     for flag in "--resume", "--overwrite":
         assert g.choose_output_dir(g.parse_config(["--output_dir", "runs/toy", flag])) == Path("runs/toy")
 
@@ -942,6 +951,7 @@ def test_long_prompts_are_dropped_and_never_cut(train, sat, model_dir, model, tm
 def test_output_dir_in_use_is_refused_or_overwritten(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").touch()
+    (tmp_path / "run" / "config.json").touch()
     with stops("run exists"):
         train(tmp_path / "run")
     with stops("none"):  # an error elsewhere deletes nothing
