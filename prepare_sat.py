@@ -174,6 +174,7 @@ LOOKS = {"ball": ("red", "circle"), "sun": ("yellow", "circle"), "plate": ("blue
          "tree": ("green", "triangle"), "tent": ("yellow", "triangle"), "cone": ("red", "triangle")}
 PLACES = ["northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast"]
 RADII = {"near": 12, "midway": 9, "far": 6}  # px: what is nearer looks larger
+ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "centre", "right"]
 NUMBERS = ["zero", "one", "two", "three", "four"]
 
 
@@ -194,7 +195,11 @@ def draw_scene(rng, seen):
 
 
 def describe(thing):
-    return f"{thing.name} {PLACES[3 * thing.row + thing.column]} {thing.depth}"
+    return f"{locate(thing)} {thing.depth}"
+
+
+def locate(thing):
+    return f"{thing.name} {PLACES[3 * thing.row + thing.column]}"
 
 
 def unique(scene):
@@ -266,8 +271,8 @@ def ask(scene, kind, rng):
         if p == q:
             return None
         cvbench = f"Where is the {a.name} located with respect to the {b.name}?"
-        answer = options[p > q]
-        thought = f" {describe(a)}, {describe(b)}, so {answer}"
+        answer, words = options[p > q], COLUMNS if kind == "left or right" else ROWS
+        thought = f" {locate(a)} {words[p]}, {locate(b)} {words[q]}, so {answer}"
     elif kind == "closer":
         a, b = things[:2]
         if a.depth == b.depth:
@@ -446,7 +451,7 @@ def pack(prefix, branches, next_position):
 # The base model's schooling: lesson, steps, images a step, learning rate at its begin and end. Seeing comes
 # first, on texts without the prompt's long preamble, with which it would take many times as long to teach.
 # Bad habits come last and slowly, because they make it forget.
-SCHOOL = [("seeing", 520, 16, 3e-3, 3e-3), ("reasoning", 150, 8, 3e-3, 8e-4), ("mixture", 70, 8, 8e-4, 1e-4)]
+SCHOOL = [("seeing", 680, 16, 3e-3, 3e-3), ("reasoning", 200, 8, 3e-3, 8e-4), ("mixture", 60, 8, 8e-4, 1e-4)]
 KINDS = 2 * SAT_KINDS + ["distance"]  # what is asked, as often as listed
 PROMPT_HEAD, PROMPT_TAIL = BASE_PROMPT.split(" {question}")
 
