@@ -66,7 +66,7 @@ def load_benchmark(path, limit=None):
     head, tail = BASE_PROMPT.split("{question}")
     questions = []
     n = min(limit or len(table), len(table))
-    for i in [k * len(table) // n for k in range(n)]:  # spread evenly, because the files are sorted by task
+    for i in sorted(seeded("questions").sample(range(len(table)), n)):  # drawn, because files are sorted by task
         row = table[i]
         if not cvbench:  # row_text without the template around it
             questions.append({"id": i, "task": row.get("question_type") or "all", "source": "held-out",
@@ -331,7 +331,7 @@ def main(argv=None):
     parser.add_argument("--run", type=Path, help="evaluate every checkpoint of this training run instead")
     parser.add_argument("--data", nargs="+", default=["data/toy/cvbench", "data/toy/test.parquet"],
                         help="CV-Bench (hub id, folder, file), or a file as prepare_sat.py writes it")
-    parser.add_argument("--limit", type=positive, help="only so many questions, evenly spread")
+    parser.add_argument("--limit", type=positive, help="only so many questions, always the same")
     parser.add_argument("--batch_size", type=int, default=32, help="questions decoded together")
     parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens at most per answer")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, as in the paper")

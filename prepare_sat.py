@@ -165,7 +165,7 @@ def download_sat():
 
 
 # --------------------------------------------------------------------------------------------------------
-# The toy world: two to four coloured shapes on a 3 x 3 grid, each near, midway or far
+# The toy world: two to four coloured shapes on a 3 x 3 grid, each near or far
 # --------------------------------------------------------------------------------------------------------
 CELL = 28  # px: one merged vision token (2 x 2 patches of 14 px) looks at one cell
 COLOURS = {"red": (220, 40, 40), "green": (30, 160, 60), "blue": (50, 80, 230), "yellow": (235, 205, 30)}
@@ -173,7 +173,7 @@ LOOKS = {"ball": ("red", "circle"), "sun": ("yellow", "circle"), "plate": ("blue
          "brick": ("red", "square"), "book": ("green", "square"), "box": ("blue", "square"),
          "tree": ("green", "triangle"), "tent": ("yellow", "triangle"), "cone": ("red", "triangle")}
 PLACES = ["northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast"]
-RADII = {"near": 12, "midway": 9, "far": 6}  # px: what is nearer looks larger
+RADII = {"near": 13, "far": 6}  # px: what is nearer looks larger
 ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "centre", "right"]
 NUMBERS = ["zero", "one", "two", "three", "four"]
 
@@ -184,7 +184,7 @@ Thing = namedtuple("Thing", "name row column depth")
 def draw_scene(rng, seen):
     """A scene that is not in `seen`, and is from now on: things in raster order, names may repeat."""
     while True:
-        count = rng.choice([2, 3, 3, 4, 4])
+        count = rng.choice([2, 2, 3, 3, 4])
         names = rng.choices(rng.sample(list(LOOKS), 4), k=count)
         cells = sorted(rng.sample(range(9), count))
         scene = tuple(Thing(name, *divmod(cell, 3), rng.choice(list(RADII)))
@@ -451,7 +451,7 @@ def pack(prefix, branches, next_position):
 # The base model's schooling: lesson, steps, images a step, learning rate at its begin and end. Seeing comes
 # first, on texts without the prompt's long preamble, with which it would take many times as long to teach.
 # Bad habits come last and slowly, because they make it forget.
-SCHOOL = [("seeing", 680, 16, 3e-3, 3e-3), ("reasoning", 200, 8, 3e-3, 8e-4), ("mixture", 60, 8, 8e-4, 1e-4)]
+SCHOOL = [("seeing", 620, 16, 3e-3, 3e-3), ("reasoning", 200, 8, 3e-3, 8e-4), ("mixture", 60, 8, 8e-4, 1e-4)]
 KINDS = 2 * SAT_KINDS + ["distance"]  # what is asked, as often as listed
 PROMPT_HEAD, PROMPT_TAIL = BASE_PROMPT.split(" {question}")
 
