@@ -66,7 +66,7 @@ def load_benchmark(path, limit=None):
     head, tail = BASE_PROMPT.split("{question}")
     questions = []
     n = min(limit or len(table), len(table))
-    for i in sorted(seeded("questions").sample(range(len(table)), n)):  # drawn, because files are sorted by task
+    for i in sorted(seeded("questions").sample(range(len(table)), n)):  # drawn: files are sorted by task
         row = table[i]
         if not cvbench:  # row_text without the template around it
             questions.append({"id": i, "task": row.get("question_type") or "all", "source": "held-out",
