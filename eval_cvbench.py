@@ -181,11 +181,10 @@ def report(run):
         first, *_, last = [s for s in scores if s["set"] == name] * 2
         print(f"{name}: {first['accuracy']:.1f} -> {last['accuracy']:.1f} % right, greedy, "
               f"± {last['standard_error']:.1f} on {last['questions']} questions")
-    tenth = max(1, len(metrics) // 10)
     for key in ("rewards/accuracy", "rewards/format", "completions/mean_length"):
         if metrics and key in metrics[0]:
-            first, last = (sum(m[key] for m in part) / tenth for part in (metrics[:tenth], metrics[-tenth:]))
-            print(f"rollouts, {key}: {first:.2f} -> {last:.2f}")
+            last = mean(m[key] for m in metrics[-10:])
+            print(f"rollouts, {key}: {metrics[0][key]:.2f} at first -> {last:.2f} in the last 10 steps")
     print(f"model:    {run}/final\nlook at:  {run}/curves.png  {run}/rollouts.html\n"
           f"try next: python eval_cvbench.py --run {run}    # every checkpoint on all questions\n"
           f"          python grpo_vision.py --loss_type dr_grpo --scale_rewards false")

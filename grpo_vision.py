@@ -307,7 +307,7 @@ def patch_embed_as_matmul(model):
     Same weights, same checkpoint, but no slow Conv3d backward. Returns the model.
     """
     def forward(self, pixels):
-        weight = self.proj.weight.flatten(1)                                                     # (dim, 1176)
+        weight = self.proj.weight.flatten(1)                                                  # (dim, 1176)
         return nn.functional.linear(pixels.to(weight.dtype), weight)                          # (patches, dim)
 
     patch_embed = model.model.visual.patch_embed
@@ -369,7 +369,7 @@ def joint_cache(encoded, num_generations, room):
     P = max(layers[0][0].shape[-2] for layers in encoded)
     left_pad = lambda x: nn.functional.pad(x, (0, 0, P - x.shape[-2], 0))
     layers = []
-    for layer in zip(*encoded):                                 # (keys, values) of this layer, of each prompt
+    for layer in zip(*encoded):  # (keys, values) of this layer, of each prompt
         keys, values = (torch.cat([left_pad(x) for x in one]).repeat_interleave(num_generations, 0)
                         for one in zip(*layer))
         layers.append(BranchLayer(keys, values, room))
@@ -378,10 +378,10 @@ def joint_cache(encoded, num_generations, room):
 
 @dataclass
 class Rollout:
-    completion_ids: torch.Tensor                                                  # (N, C) padded on the right
-    completion_mask: torch.Tensor     # (N, C) bool, True up to the end token, which counts: it was chosen too
-    sampling_logps: torch.Tensor                      # (N, C) log-probability of each token when it was drawn
-    finished: torch.Tensor                              # (N,) bool, False if cut off at max_completion_length
+    completion_ids: torch.Tensor   # (N, C) padded on the right
+    completion_mask: torch.Tensor  # (N, C) bool, True up to the end token, which counts: it was chosen too
+    sampling_logps: torch.Tensor   # (N, C) log-probability of each token when it was drawn
+    finished: torch.Tensor         # (N,) bool, False if cut off at max_completion_length
 
 
 @torch.no_grad()
@@ -863,12 +863,13 @@ def main(argv=None):
         if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or step + 1 == cfg.max_steps):
             eval_cvbench.track(output_dir, step + 1, model, tokenizer, image_processor, eval_sets,
                                cfg.max_completion_length)
-            eval_cvbench.show(output_dir, data)
+            eval_cvbench.show(output_dir, data)  # the picture and the page, so far
         if (step + 1) % cfg.save_steps == 0 or step + 1 == cfg.max_steps:
             save_model(output_dir / f"checkpoint-{step + 1}", model, tokenizer, image_processor,
                        state={"optimizer": optimizer.state_dict()})
     save_model(output_dir / "final", model, tokenizer, image_processor)
     accelerator.end_training()
+    eval_cvbench.show(output_dir, data)
     eval_cvbench.report(output_dir)
 
 
