@@ -19,16 +19,16 @@ Memory of the update is its peak minus what was held before (weights and gradien
 fresh process, on Linux or a GPU. There --score_tokens is 256, two completions of 128 at a time: the
 program's 4096 would take G = 16 in one chunk, and the memory would still grow from G = 2 to 16.
 
-Sample output (one thread on a busy machine, one repeat, CPU seconds; memory from a run of its own):
+Sample output (two cores, medians of three repeats; the TRL row from a run with --trl, memory from another):
 
     | phase | usual way, s | ours, s | ratio |
     |---|--:|--:|--:|
-    | rollout | 12.63 | 5.66 | 2.2x |
-    | reference | 8.95 | 2.10 | 4.3x |
-    | update | 40.22 | 8.06 | 5.0x |
-    | reference + update | 49.16 | 10.16 | 4.8x |
-    | **whole step** | 61.80 | 15.81 | 3.9x |
-    | whole step, TRL's GRPOTrainer | 59.58 | 12.86 | 4.6x |
+    | rollout | 7.74 | 3.69 | 2.1x |
+    | reference | 4.87 | 1.08 | 4.5x |
+    | update | 22.11 | 3.55 | 6.2x |
+    | reference + update | 26.99 | 4.61 | 5.9x |
+    | **whole step** | 34.49 | 8.23 | 4.2x |
+    | whole step, TRL's GRPOTrainer | 37.70 | 8.48 | 4.4x |
 
     | memory of the update, MiB | G = 2 | G = 4 | G = 8 | G = 16 | 16 against 2 |
     |---|--:|--:|--:|--:|--:|
