@@ -1,7 +1,8 @@
 """Visual R1-Zero in one file: GRPO on Qwen2-VL, after VisualThinker-R1-Zero (arXiv 2503.05132).
 
 A base model that looks at a picture and answers a question learns, from right-or-wrong rewards alone, to
-reason before it answers. One training step is this recipe, and the sections below come in its order:
+reason before it answers. One training step is this recipe. The sections below follow it, except that step 5
+stands beside step 2, with which it shares its code:
 
   1. Draw B questions, each with its image, and put each into the prompt template.
   2. Sample G completions of each prompt from the policy: N = B * G rows, prompt-major (row i: prompt i // G).
@@ -21,7 +22,7 @@ Symbols: B prompts, G samples of each, N = B * G rows, R rows of one chunk, P pr
 tokens, H hidden size, V vocabulary. Tensor lines end in their shape: # (N, C)
 
     accelerate launch grpo_vision.py                                 # a toy: any laptop, offline, minutes
-    accelerate launch grpo_vision.py --preset sat --max_steps 100    # Qwen2-VL-2B on SAT: one 80 GB GPU
+    accelerate launch grpo_vision.py --preset sat --max_steps 100    # Qwen2-VL-2B on SAT, on a GPU
 """
 import dataclasses
 import io
@@ -199,106 +200,6 @@ def build_prompt(text, images, tokenizer, image_processor, model):
     return Prompt(text, ids, position_ids, **pixels)
 
 
-# ---- Step 3: the rewards, pure functions of the text; evaluation uses the same extractor and grader ------
-
-ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-WELL_FORMED = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
-
-
-def completion_text(prompt_text, completion_ids, tokenizer):
-    """What the policy said, without end tokens. The prefilled <think> is put back here, and only here."""
-    prefill = "<think>" if prompt_text.endswith("<think>") else ""
-    return prefill + tokenizer.decode(completion_ids, skip_special_tokens=True)
-
-
-def extract_answer(text, strict):
-    """The answer in a completion, or None.
-
-    strict (training): what is inside the one answer block; None if there is none, or several, or nothing in
-    it.
-    else (evaluation): what is inside the last block, else the whole text: right in a wrong form counts there.
-
-    >>> extract_answer("<think> two chairs </think> <answer> 2 </answer>", strict=True)
-    '2'
-    >>> extract_answer("it is 2", strict=True), extract_answer("it is 2", strict=False)
-    (None, 'it is 2')
-    """
-    blocks = ANSWER_BLOCK.findall(text)
-    if strict and (len(blocks) != 1 or text.count("<answer>") != 1 or text.count("</answer>") != 1):
-        return None
-    return (blocks[-1] if blocks else text).strip() or None
-
-
-def normalise(text):
-    return " ".join(text.lower().split()).removesuffix(".").strip()
-
-
-def grade(answer, solution, options, strict=True):
-    """Does `answer` (from `extract_answer`) choose `solution` out of `options`, by its text or by its letter?
-
-    Case, spaces, a final full stop and brackets around the letter are forgiven; nothing is found inside
-    other words or numbers. If not strict, a sentence also counts if it names exactly one option, by text or
-    by a letter in brackets. A bare letter in a sentence does not: "a" is an article.
-
-    >>> options = ["right", "left", "15"]
-    >>> grade("Left.", "left", options), grade("(b)", "left", options), grade("5", "15", options)
-    (True, True, False)
-    >>> grade("So it is left.", "left", options), grade("So it is left.", "left", options, strict=False)
-    (False, True)
-    """
-    if answer is None:
-        return False
-    answer, solution, *options = map(normalise, (answer, solution, *options))
-    by_letter = dict(zip("abcdefghijklmnopqrstuvwxyz", options))
-    letter = re.fullmatch(r"\(?([a-z])\)?", answer)
-    if answer in options or strict and not letter:
-        return answer == solution
-    if letter:
-        return by_letter.get(letter[1]) == solution
-    named = {by_letter.get(found) for found in re.findall(r"\(([a-z])\)", answer)}
-    for option in sorted(options, key=len, reverse=True):  # "no, it would not" before "no", which it contains
-        answer, found = re.subn(rf"(?<![\w.]){re.escape(option)}(?!\w|\.\d)", " ", answer)
-        named |= {option} if found else set()
-    return named == {solution}
-
-
-def accuracy_reward(completion, answer, options, **_):
-    """1 if the one answer block chooses the right option, else 0. A copied template ("...") chooses none."""
-    return float(grade(extract_answer(completion, strict=True), answer, options))
-
-
-def format_reward(completion, **_):
-    """1 if the completion is exactly one think block and then exactly one answer block, not empty; else 0.
-
-    >>> format_reward("<think> hm </think> <answer> left </answer>"), format_reward("<answer> left </answer>")
-    (1.0, 0.0)
-    """
-    one_think_block = completion.count("<think>") == completion.count("</think>") == 1
-    one_answer_block = extract_answer(completion, strict=True) is not None
-    return float(one_think_block and one_answer_block and bool(WELL_FORMED.fullmatch(completion)))
-
-
-# name -> function(completion, num_tokens, **columns of the data row) -> float; completion starts with <think>
-REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
-
-
-# ---- Step 4: the advantages ------------------------------------------------------------------------------
-
-def group_advantages(rewards, num_generations, scale_rewards=True):
-    """(N,) rewards, prompt-major -> (N,) advantages A = (R - mean) / (std + 1e-4) per group; unbiased std.
-
-    The group is its own baseline: no value network (DeepSeekMath, arXiv 2402.03300, section 4.1.2; the 1e-4
-    is the reference code's). scale_rewards=False leaves A = R - mean: the std gives more weight to questions
-    nearly always right, or wrong (Dr. GRPO, arXiv 2503.20783). A group without spread gets exactly 0.
-    """
-    groups = rewards.view(-1, num_generations)                                                    # (B, G)
-    A = groups - groups.mean(1, keepdim=True)                                                     # (B, G)
-    if scale_rewards:
-        A = A / (groups.std(1, keepdim=True) + 1e-4)
-    has_spread = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)  # std > 0 could be rounding
-    return torch.where(has_spread, A, 0.0).view(-1)                                               # (N,)
-
-
 # ---- Steps 2 and 5: encode the prompt once, branch into G completions ------------------------------------
 
 def patch_embed_as_matmul(model):
@@ -467,6 +368,106 @@ class Policy(nn.Module):
             return encode_prompt(self.model, prompt)
         return score(self.model, prompt, prompt_kv, completion_ids, completion_mask,
                      self.temperature, self.suppressed)
+
+
+# ---- Step 3: the rewards, pure functions of the text; evaluation uses the same extractor and grader ------
+
+ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+WELL_FORMED = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
+
+
+def completion_text(prompt_text, completion_ids, tokenizer):
+    """What the policy said, without end tokens. The prefilled <think> is put back here, and only here."""
+    prefill = "<think>" if prompt_text.endswith("<think>") else ""
+    return prefill + tokenizer.decode(completion_ids, skip_special_tokens=True)
+
+
+def extract_answer(text, strict):
+    """The answer in a completion, or None.
+
+    strict (training): what is inside the one answer block; None if there is none, or several, or nothing in
+    it.
+    else (evaluation): what is inside the last block, else the whole text: right in a wrong form counts there.
+
+    >>> extract_answer("<think> two chairs </think> <answer> 2 </answer>", strict=True)
+    '2'
+    >>> extract_answer("it is 2", strict=True), extract_answer("it is 2", strict=False)
+    (None, 'it is 2')
+    """
+    blocks = ANSWER_BLOCK.findall(text)
+    if strict and (len(blocks) != 1 or text.count("<answer>") != 1 or text.count("</answer>") != 1):
+        return None
+    return (blocks[-1] if blocks else text).strip() or None
+
+
+def normalise(text):
+    return " ".join(text.lower().split()).removesuffix(".").strip()
+
+
+def grade(answer, solution, options, strict=True):
+    """Does `answer` (from `extract_answer`) choose `solution` out of `options`, by its text or by its letter?
+
+    Case, spaces, a final full stop and brackets around the letter are forgiven; nothing is found inside
+    other words or numbers. If not strict, a sentence also counts if it names exactly one option, by text or
+    by a letter in brackets. A bare letter in a sentence does not: "a" is an article.
+
+    >>> options = ["right", "left", "15"]
+    >>> grade("Left.", "left", options), grade("(b)", "left", options), grade("5", "15", options)
+    (True, True, False)
+    >>> grade("So it is left.", "left", options), grade("So it is left.", "left", options, strict=False)
+    (False, True)
+    """
+    if answer is None:
+        return False
+    answer, solution, *options = map(normalise, (answer, solution, *options))
+    by_letter = dict(zip("abcdefghijklmnopqrstuvwxyz", options))
+    letter = re.fullmatch(r"\(?([a-z])\)?", answer)
+    if answer in options or strict and not letter:
+        return answer == solution
+    if letter:
+        return by_letter.get(letter[1]) == solution
+    named = {by_letter.get(found) for found in re.findall(r"\(([a-z])\)", answer)}
+    for option in sorted(options, key=len, reverse=True):  # "no, it would not" before "no", which it contains
+        answer, found = re.subn(rf"(?<![\w.]){re.escape(option)}(?!\w|\.\d)", " ", answer)
+        named |= {option} if found else set()
+    return named == {solution}
+
+
+def accuracy_reward(completion, answer, options, **_):
+    """1 if the one answer block chooses the right option, else 0. A copied template ("...") chooses none."""
+    return float(grade(extract_answer(completion, strict=True), answer, options))
+
+
+def format_reward(completion, **_):
+    """1 if the completion is exactly one think block and then exactly one answer block, not empty; else 0.
+
+    >>> format_reward("<think> hm </think> <answer> left </answer>"), format_reward("<answer> left </answer>")
+    (1.0, 0.0)
+    """
+    one_think_block = completion.count("<think>") == completion.count("</think>") == 1
+    one_answer_block = extract_answer(completion, strict=True) is not None
+    return float(one_think_block and one_answer_block and bool(WELL_FORMED.fullmatch(completion)))
+
+
+# name -> function(completion, num_tokens, **columns of the data row) -> float; completion starts with <think>
+REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
+
+
+# ---- Step 4: the advantages ------------------------------------------------------------------------------
+
+def group_advantages(rewards, num_generations, scale_rewards=True):
+    """(N,) rewards, prompt-major -> (N,) advantages A = (R - mean) / (std + 1e-4) per group; unbiased std.
+
+    The group is its own baseline: no value network (DeepSeekMath, arXiv 2402.03300, section 4.1.2; the 1e-4
+    is the reference code's). scale_rewards=False leaves A = R - mean: the std gives more weight to questions
+    nearly always right, or wrong (Dr. GRPO, arXiv 2503.20783). A group without spread gets exactly 0.
+    """
+    groups = rewards.view(-1, num_generations)                                                    # (B, G)
+    A = groups - groups.mean(1, keepdim=True)                                                     # (B, G)
+    if scale_rewards:
+        A = A / (groups.std(1, keepdim=True) + 1e-4)
+    has_spread = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)  # std > 0 could be rounding
+    return torch.where(has_spread, A, 0.0).view(-1)                                               # (N,)
 
 
 # ---- Step 6: the loss and the update ---------------------------------------------------------------------
