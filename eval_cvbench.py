@@ -28,13 +28,9 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from grpo_vision import (BASE_PROMPT, append_jsonl, build_prompt, completion_text, end_tokens, extract_answer,
-                         fail, grade, load_model, load_processors, open_image, row_text, sample, seeded,
-                         set_threads, suppressed_tokens)
-
-# the paper's prompt for a direct answer, verbatim
-DIRECT_PROMPT = ("A conversation between User and Assistant. The user asks a question about the image, and "
-                 "the Assistant solves it.\nUser: {question} \nAssistant: ")
+from grpo_vision import (append_jsonl, build_prompt, build_question, completion_text, end_tokens,
+                         extract_answer, fail, grade, load_model, load_processors, open_image, render, sample,
+                         seeded, set_threads, suppressed_tokens)
 
 
 # ---- The questions ---------------------------------------------------------------------------------------
@@ -63,16 +59,15 @@ def load_benchmark(path, limit=None):
         fail(f"{path} has no column {missing[0]!r} ({', '.join(table.column_names)})")
     raw = datasets.Image(decode=False)
     table = table.cast_column("image", raw) if cvbench else table.cast_column("images", datasets.List(raw))
-    head, tail = BASE_PROMPT.split("{question}")
     questions = []
     n = min(limit or len(table), len(table))
     for i in sorted(seeded("questions").sample(range(len(table)), n)):  # drawn: files are sorted by task
         row = table[i]
-        if not cvbench:  # row_text without the template around it
+        if not cvbench:
             questions.append({"id": i, "task": row.get("question_type") or "all", "source": "held-out",
                               "images": row["images"] or [], "options": row["options"],
                               "answer": row["answer"],
-                              "text": row_text(row).removeprefix(head).removesuffix(tail)})
+                              "text": build_question(row["question"], row["options"])})
             continue
         letter = re.fullmatch(r"\(([A-Z])\)", row["answer"].strip())
         if not letter or ord(letter[1]) - ord("A") >= len(row["choices"]):
@@ -85,7 +80,7 @@ def load_benchmark(path, limit=None):
 
 # ---- The answers -----------------------------------------------------------------------------------------
 
-def answer_questions(model, tokenizer, image_processor, questions, template=BASE_PROMPT, batch_size=32,
+def answer_questions(model, tokenizer, image_processor, questions, template="base", batch_size=32,
                      max_new_tokens=1024, temperature=0.0, seed=0, strict=False):
     """Yield one record per question, in batches of prompts of like length; greedy unless temperature > 0."""
     suppressed, eos_ids = suppressed_tokens(model, tokenizer), end_tokens(tokenizer)
@@ -95,7 +90,7 @@ def answer_questions(model, tokenizer, image_processor, questions, template=BASE
         batch, prompts = order[first:first + batch_size], []
         for q in batch:
             images = [open_image(image, f"question {q['id']}") for image in q["images"]]
-            text = template.format(question=q["text"])
+            text = render(q["text"], len(images), template, tokenizer)
             prompts.append(build_prompt(text, images, tokenizer, image_processor, model))
         rollout = sample(model, prompts, 1, max_new_tokens, temperature, suppressed, eos_ids, generator)
         for i, (q, prompt) in enumerate(zip(batch, prompts)):
@@ -152,10 +147,10 @@ def load_sets(paths, limit):
     return {path: load_benchmark(path, limit) for path in paths.split(",")}
 
 
-def track(run, step, model, tokenizer, image_processor, sets, max_new_tokens):
+def track(run, step, model, tokenizer, image_processor, sets, template, max_new_tokens):
     """Called while training: score the model, greedy, on fixed questions of each set -> RUN/eval.jsonl."""
     for name, questions in sets.items():
-        answers = answer_questions(model, tokenizer, image_processor, questions,
+        answers = answer_questions(model, tokenizer, image_processor, questions, template,
                                    max_new_tokens=max_new_tokens)
         records = list(tqdm(answers, f"evaluation on {name}", total=len(questions), leave=False))
         append_score(run / "eval.jsonl", step, name, records)
@@ -372,7 +367,7 @@ def evaluate(name, path, questions, args):
     tokenizer, image_processor = load_processors(name)
     model = load_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
     set_threads(model)
-    mode, template = ("direct", DIRECT_PROMPT) if args.no_reasoning else ("reasoning", BASE_PROMPT)
+    mode, template = ("direct", "base-direct") if args.no_reasoning else ("reasoning", "base")
     answers = answer_questions(model, tokenizer, image_processor, questions, template, args.batch_size,
                                args.max_new_tokens, args.temperature, args.seed, args.strict)
     file = Path(args.output_dir) / slug(name) / f"{slug(path)}-{mode}.jsonl"

@@ -71,6 +71,7 @@ class Config:
     resume: bool = setting(False, "go on from the last checkpoint in output_dir")
     seed: int = setting(0, "seed of data order and sampling")
     # prompt and rollout
+    prompt: str = setting("auto", "base, instruct, or auto: what the model's chat template asks for")
     max_prompt_length: int = setting(1024, "tokens, images included; longer prompts are dropped, never cut")
     min_pixels: Optional[int] = setting(None, "smaller images are enlarged to this; default: the model's")
     max_pixels: Optional[int] = setting(None, "larger images are shrunk to this; default: the model's")
@@ -129,6 +130,8 @@ def parse_config(argv=None):
     for flag, bound in least.items():
         if getattr(cfg, flag) < bound:
             fail(f"--{flag} {getattr(cfg, flag)}: must be at least {bound}")
+    if cfg.prompt not in ("auto", "base", "instruct"):
+        fail(f"--prompt {cfg.prompt} is unknown; choose one of: auto, base, instruct")
     if cfg.temperature <= 0:
         fail(f"--temperature {cfg.temperature}: must be above 0, or a group's completions are all equal")
     return cfg
@@ -138,35 +141,72 @@ def parse_config(argv=None):
 
 IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
 
-# The paper's template for the base model, verbatim. It prefills <think> and never mentions <answer>: that
-# the policy comes to write answer blocks is the format reward's doing. (The reference also leaves a literal
-# "<image>" in front.)
+# The paper's templates, verbatim. The base model's prefills <think> and never mentions <answer>: that the
+# policy comes to write answer blocks is the format reward's doing. (The reference also leaves a literal
+# "<image>" in front.) The direct ones are for answers without reasoning.
 BASE_PROMPT = (
     "A conversation between User and Assistant. The user asks a question about the image, and the Assistant "
     "solves it. The assistant first thinks about the reasoning process in the mind and then provides the "
     "user with the answer.\nUser: {question} \nAssistant: Let me solve this step by step.\n<think>"
 )
+TEMPLATES = {
+    "base": BASE_PROMPT,
+    "base-direct": "A conversation between User and Assistant. The user asks a question about the image, and "
+                   "the Assistant solves it.\nUser: {question} \nAssistant: ",
+    "instruct": "{question}  Output the thinking process in <think> </think> and final answer (option) in "
+                "<answer> </answer> tags.",
+    "instruct-direct": "{question}",
+}
+
+
+def choose_prompt(tokenizer, prompt="auto"):
+    """-> "base" or "instruct"; auto: instruct if the chat template tells user from assistant."""
+    if prompt != "auto":
+        return prompt
+    if tokenizer.chat_template is None:
+        return "base"
+    user, assistant = (tokenizer.apply_chat_template([{"role": role, "content": "?"}], tokenize=False)
+                       for role in ("user", "assistant"))
+    return "base" if user == assistant else "instruct"
 
 
 def build_question(question, options):
-    """The paper's wording of a question with its options.
+    """The paper's wording of a question with its options; without options, the question as it is.
 
     >>> build_question("How many chairs are there?", ["2", "3", "5"])
     'Answer in natural language. How many chairs are there? Choose between the following options: 2, 3 or 5'
     """
+    if not options:
+        return question
     choices = " or ".join([", ".join(options[:-1]), options[-1]] if len(options) > 1 else options)
     return f"Answer in natural language. {question} Choose between the following options: {choices}"
 
 
-def row_text(row):
-    """A data row -> the prompt's text, before its images."""
-    return BASE_PROMPT.format(question=build_question(row["question"], row["options"]))
+def render(question, num_images, template, tokenizer):
+    """Fill TEMPLATES[template] with a question -> the prompt's text, with IMAGE_TOKENS once per image.
+
+    Images come first, numbered if there are several. instruct: all of it is the user's turn of the chat
+    template, and the assistant's turn is opened.
+    """
+    numbers = [f"Picture {i + 1}: " if num_images > 1 else "" for i in range(num_images)]
+    images = "".join(number + IMAGE_TOKENS for number in numbers)
+    text = images + TEMPLATES[template].format(question=question)
+    if template.startswith("base"):
+        return text
+    turn = [{"role": "user", "content": text}]
+    return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+
+
+def row_text(row, template, tokenizer):
+    """A data row -> its prompt's text."""
+    return render(build_question(row["question"], row["options"]), len(row["images"] or []), template,
+                  tokenizer)
 
 
 @dataclass
 class Prompt:
     """One question with its images, as the model takes it."""
-    text: str                                      # without the image tokens
+    text: str                                      # with one <|image_pad|> per image
     input_ids: torch.Tensor                        # (1, P) with the image tokens
     position_ids: torch.Tensor                     # (3, 1, P) M-RoPE: time, height and width of each token
     pixel_values: Optional[torch.Tensor] = None    # (patches of all images, 3 * 2 * 14 * 14)
@@ -178,24 +218,24 @@ class Prompt:
         return int(self.position_ids.max()) + 1
 
 
-def insert_images(text, tokens_per_image):
-    """Put the images before the text, one <|image_pad|> per image token (what Qwen2VLProcessor would do)."""
-    images = [IMAGE_TOKENS.replace("<|image_pad|>", "<|image_pad|>" * n) for n in tokens_per_image]
-    return "".join(images) + text
+def expand_images(text, tokens_per_image):
+    """Repeat the i-th <|image_pad|> of the text tokens_per_image[i] times, as Qwen2VLProcessor would do."""
+    head, *rest = text.split("<|image_pad|>")
+    if len(rest) != len(tokens_per_image):
+        fail(f"a question contains the token <|image_pad|> itself; remove it from the data: {text[-200:]!r}")
+    return head + "".join("<|image_pad|>" * n + part for n, part in zip(tokens_per_image, rest))
 
 
 def build_prompt(text, images, tokenizer, image_processor, model):
-    """text: str, images: list of PIL images, may be empty -> Prompt on the model's device."""
+    """text: str from `render`, images: list of PIL images, may be empty -> Prompt on the model's device."""
     pixels, tokens_per_image = {}, []
     if images:
         images = [image.convert("RGB") for image in images]
         pixels = image_processor(images=images, return_tensors="pt").to(model.device)
         tokens_per_image = (pixels["image_grid_thw"].prod(-1) // image_processor.merge_size**2).tolist()
-    ids = tokenizer(insert_images(text, tokens_per_image), return_tensors="pt").input_ids         # (1, P)
+    ids = tokenizer(expand_images(text, tokens_per_image), return_tensors="pt").input_ids         # (1, P)
     ids = ids.to(model.device)
     is_image = (ids == model.config.image_token_id).int()
-    if is_image.sum() != sum(tokens_per_image):
-        fail(f"a question contains the token <|image_pad|> itself; remove it from the data: {text[-200:]!r}")
     position_ids, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=pixels.get("image_grid_thw"))
     return Prompt(text, ids, position_ids, **pixels)
 
@@ -641,7 +681,7 @@ def open_image(image, where, decode=True):
         fail(f"{where}: its image cannot be read ({error}); remove the row (prepare_sat.py would)")
 
 
-def load_data(cfg, tokenizer, image_processor):
+def load_data(cfg, template, tokenizer, image_processor):
     """-> `datasets` table, its path, and the numbers of the rows whose prompt fits max_prompt_length."""
     import datasets
     datasets.disable_progress_bars()
@@ -663,7 +703,7 @@ def load_data(cfg, tokenizer, image_processor):
                  for image in row["images"] or []]
         tokens = [image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
                   for width, height in sizes]
-        return len(tokenizer(insert_images(row_text(row), tokens)).input_ids)
+        return len(tokenizer(expand_images(row_text(row, template, tokenizer), tokens)).input_ids)
 
     kept = [i for i, row in enumerate(tqdm(data, desc="measuring prompts", leave=False))
             if prompt_length(i, row) <= cfg.max_prompt_length]
@@ -757,7 +797,8 @@ def main(argv=None):
 
     start, done = last_checkpoint(output_dir) if cfg.resume else (cfg.model_name_or_path, 0)
     tokenizer, image_processor = load_processors(start, cfg.min_pixels, cfg.max_pixels)
-    data, data_path, kept = load_data(cfg, tokenizer, image_processor)
+    template = choose_prompt(tokenizer, cfg.prompt)
+    data, data_path, kept = load_data(cfg, template, tokenizer, image_processor)
     model = load_model(start, cfg.attn_implementation).to(device)
     set_threads(model)
     suppressed, eos_ids = suppressed_tokens(model, tokenizer), end_tokens(tokenizer)
@@ -783,7 +824,7 @@ def main(argv=None):
           f"{len(kept)} questions, {cfg.prompts_per_step} prompts x {G} completions per step")
 
     if cfg.eval_steps and not cfg.resume:
-        eval_cvbench.track(output_dir, 0, model, tokenizer, image_processor, eval_sets,
+        eval_cvbench.track(output_dir, 0, model, tokenizer, image_processor, eval_sets, template,
                            cfg.max_completion_length)
     progress = tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps)
     for step in progress:
@@ -794,7 +835,8 @@ def main(argv=None):
         prompts = []
         for i, row in zip(numbers, rows):
             images = [open_image(image, f"{data_path}, row {i}") for image in row["images"] or []]
-            prompts.append(build_prompt(row_text(row), images, tokenizer, image_processor, model))
+            text = row_text(row, template, tokenizer)
+            prompts.append(build_prompt(text, images, tokenizer, image_processor, model))
         # 2. G completions of each
         generator = torch.Generator(device)
         generator.manual_seed(seeded(cfg.seed, "sample", step, rank).getrandbits(63))
@@ -862,7 +904,7 @@ def main(argv=None):
                        + f"  length {tokens / len(texts):.1f}  kl {metrics['kl']:.3f}"
                        + f"  {clock[-1] - clock[0]:.1f} s")
         if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or step + 1 == cfg.max_steps):
-            eval_cvbench.track(output_dir, step + 1, model, tokenizer, image_processor, eval_sets,
+            eval_cvbench.track(output_dir, step + 1, model, tokenizer, image_processor, eval_sets, template,
                                cfg.max_completion_length)
             eval_cvbench.show(output_dir, data)  # the picture and the page, so far
         if (step + 1) % cfg.save_steps == 0 or step + 1 == cfg.max_steps:
