@@ -427,7 +427,9 @@ def extract_answer(text, strict):
 
     strict (training): what is inside the one answer block; None if there is none, or several, or nothing in
     it.
-    else (evaluation): what is inside the last block, else the whole text: right in a wrong form counts there.
+    else (evaluation): what is inside the last block, else what follows the last </think>, else the whole
+    text: right in a wrong form counts there. (The paper's code goes from block to whole text; but a chain
+    names choices that it goes on to reject, so where an answer follows it, only that counts.)
 
     >>> extract_answer("<think> two chairs </think> <answer> 2 </answer>", strict=True)
     '2'
@@ -437,40 +439,72 @@ def extract_answer(text, strict):
     blocks = ANSWER_BLOCK.findall(text)
     if strict and (len(blocks) != 1 or text.count("<answer>") != 1 or text.count("</answer>") != 1):
         return None
-    return (blocks[-1] if blocks else text).strip() or None
+    if blocks or strict:
+        return blocks[-1].strip() or None
+    return text.rpartition("</think>")[2].strip() or text.strip() or None
 
 
 def normalise(text):
     return " ".join(text.lower().split()).removesuffix(".").strip()
 
 
-def grade(answer, solution, options, strict=True):
-    """Does `answer` (from `extract_answer`) choose `solution` out of `options`, by its text or by its letter?
+NUMBERS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+                   "fifteen sixteen seventeen eighteen nineteen twenty".split(), map(str, range(21))))
+# how a letter is named in a sentence: (c), or "c) ..." at its start, or "answer is c"; "a" is also an article
+NAMED_LETTER = re.compile(r"\(([a-z])\)|^([a-z])[).:] |\b(?:answer is|answer:|option|choice):? "
+                          r"\(?(?:([b-z])\b|(a)(?=[).,:;]|$))")
 
-    Case, spaces, a final full stop and brackets around the letter are forgiven; nothing is found inside
-    other words or numbers. If not strict, a sentence also counts if it names exactly one option, by text or
-    by a letter in brackets. A bare letter in a sentence does not: "a" is an article.
+
+def choose(answer, options, strict=True):
+    """-> the option that `answer` (from `extract_answer`) chooses by its text or its letter, or None.
+
+    Case, spaces, a final full stop and brackets around the letter are forgiven; a letter beyond the options
+    chooses nothing, and nothing is found inside other words or numbers. strict (training): that is all.
+
+    else (evaluation): a sentence chooses if it names exactly one option, by text or letter, or does so after
+    its last "answer is" or "answer:"; where all options are numbers, words count as digits, unless the answer
+    has digits too ("the left one: 3"). What names two options chooses none: the paper's code takes a match
+    anywhere, so that "either left or right" may be right there. A table of cases is in test_grpo.py.
+
+    >>> choose("So it is left.", ["right", "left"]), choose("So it is left.", ["right", "left"], strict=False)
+    (None, 'left')
+    >>> [choose(text, ["2", "3"], strict=False) for text in ("Three chairs.", "The answer is B", "(A) or (B)")]
+    ['3', '3', None]
+    """
+    if answer is None:
+        return None
+    answer, texts = normalise(answer), [normalise(option) for option in options]
+    by_letter = dict(zip("abcdefghijklmnopqrstuvwxyz", options))
+    if answer in texts:
+        return options[texts.index(answer)]
+    if letter := re.fullmatch(r"\(?([a-z])\)?", answer):
+        return by_letter.get(letter[1])
+    if strict:
+        return None
+    digits = lambda text: re.sub("[a-z]+", lambda word: NUMBERS.get(word[0], word[0]), text)
+    if all(re.fullmatch(r"\d+", digits(text)) for text in texts):
+        texts, answer = list(map(digits, texts)), answer if re.search(r"\d", answer) else digits(answer)
+    by_text = dict(zip(texts, options))
+    conclusion = max((found.start() for found in re.finditer(r"\banswer(?: is\b|:)", answer)), default=0)
+    for part in answer[conclusion:], answer:
+        named = {by_letter.get("".join(groups)) for groups in NAMED_LETTER.findall(part)}
+        for text in sorted(texts, key=len, reverse=True):  # "no, it would not" before "no", which it contains
+            part, found = re.subn(rf"(?<![\w.]){re.escape(text)}(?!\w|\.\d)", " ", part)
+            named |= {by_text[text]} if found else set()
+        if len(named) == 1:
+            return named.pop()
+    return None
+
+
+def grade(answer, solution, options, strict=True):
+    """Does `answer` choose `solution` out of `options`? See `choose`.
 
     >>> options = ["right", "left", "15"]
     >>> grade("Left.", "left", options), grade("(b)", "left", options), grade("5", "15", options)
     (True, True, False)
-    >>> grade("So it is left.", "left", options), grade("So it is left.", "left", options, strict=False)
-    (False, True)
     """
-    if answer is None:
-        return False
-    answer, solution, *options = map(normalise, (answer, solution, *options))
-    by_letter = dict(zip("abcdefghijklmnopqrstuvwxyz", options))
-    letter = re.fullmatch(r"\(?([a-z])\)?", answer)
-    if answer in options or strict and not letter:
-        return answer == solution
-    if letter:
-        return by_letter.get(letter[1]) == solution
-    named = {by_letter.get(found) for found in re.findall(r"\(([a-z])\)", answer)}
-    for option in sorted(options, key=len, reverse=True):  # "no, it would not" before "no", which it contains
-        answer, found = re.subn(rf"(?<![\w.]){re.escape(option)}(?!\w|\.\d)", " ", answer)
-        named |= {option} if found else set()
-    return named == {solution}
+    return any(text is not None and normalise(text) == normalise(solution)
+               for text in (answer, choose(answer, options, strict)))
 
 
 def accuracy_reward(completion, answer, options, **_):

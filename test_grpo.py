@@ -474,6 +474,70 @@ def test_grade_of_a_sentence_counts_in_evaluation_only(answer, solution, right):
     assert not g.grade(answer, solution, OPTIONS, strict=True)
 
 
+CASES = """  what a model may say when the choices are (A) 2 (B) 3 (C) 4           choice   choice in training
+(C)                                                                            4        -
+C                                                                              4        -
+C.                                                                             4        -
+c)                                                                             4        -
+4                                                                              4        -
+The answer is (C)                                                              4        -
+The answer is C, as I counted them.                                            4        -
+Answer: C                                                                      4        -
+C) 4                                                                           4        -
+Option B                                                                       3        -
+The answer is a matter of taste.                                               -        -
+four                                                                           4        -
+There are four chairs.                                                         4        -
+There are 4 chairs.                                                            4        -
+The left one has 4.                                                            4        -
+There are 14 chairs, or 4.5.                                                   -        -
+There are 5 chairs.                                                            -        -
+(A) or (C)                                                                     -        -
+(A) 2? No. The answer is (C) 4.                                                4        -
+The answer is (A) or (C).                                                      -        -
+(C) 3                                                                          -        -
+(D)                                                                            -        -
+d                                                                              -        -
+(D), or 4                                                                      -        -
+I cannot see the image.                                                        -        -
+<answer>(C)</answer>                                                           4        4
+<answer> c. </answer>                                                          4        4
+<answer>4</answer>                                                             4        4
+<answer>four</answer>                                                          4        -
+<answer>E</answer>                                                             -        -
+<answer></answer>                                                              -        -
+<answer>I see 4 of them, so (C)</answer>                                       4        -
+<answer>2</answer> wait <answer>4</answer>                                     4        -
+<think> not 2, not 3 </think> <answer>(C)</answer>                             4        4
+<think> not 2, not 3 </think> <answer>(C)                                      4        -
+<think> not 2, not 3 </think> so (C)                                           4        -
+<think> not 2, not 3, so 4 </think>                                            -        -
+<think> there are 2 on the left and                                            2        -
+<think> there are 2 on the left and 2 or 3                                     -        -
+"""
+
+
+@pytest.mark.parametrize("line", CASES.splitlines()[1:] + ["" + " " * 79 + "-        -"])
+def test_the_table_of_cases(line):
+    text, options = line[:79].strip(), ["2", "3", "4"]
+    for strict, option in (False, line[79:88].strip()), (True, line[88:].strip()):
+        said = g.extract_answer(text, strict)
+        assert g.choose(said, options, strict) == (None if option == "-" else option)
+        assert [x for x in options if g.grade(said, x, options, strict)] == [x for x in options if x == option]
+
+
+@pytest.mark.parametrize("count", range(2, 7))
+def test_letters_choose_among_two_to_six_and_never_beyond(count):
+    options = "one chair,a lamp,the door,B,window,no".split(",")[:count]
+    for i, letter in enumerate("ACDEFGH"):
+        i += i > 0  # "B" is the text of another option, once there are four
+        expected = options[i] if i < count else None
+        for text in letter, f"({letter})", f"{letter}.", f"The answer is ({letter}).":
+            assert g.choose(text, options, strict=False) == expected
+            assert g.choose(text, options) == (None if "answer" in text else expected)
+    assert g.choose("B", options) == ("B" if count > 3 else "a lamp")  # a text goes before a letter
+
+
 @pytest.mark.parametrize("text", ["(", "\\", "[a-z", "\0", "²", "<think>" * 500, "</answer><answer>",
                                   "</think><answer>" * 300, "(a)" * 300, "é" * 500])
 def test_no_text_breaks_the_rewards(text):
