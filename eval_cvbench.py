@@ -1,9 +1,12 @@
-"""Evaluate a checkpoint on CV-Bench: the paper's protocol (greedy, answer block or else the whole text).
+"""CV-Bench, the paper's protocol: greedy, the answer block or else the whole text; every answer is kept.
 
     python eval_cvbench.py                       # runs/toy/final and its base, on the toy's two sets
     python eval_cvbench.py --run runs/toy        # every checkpoint of a run, and its curves from these scores
-    python eval_cvbench.py --model runs/sat/final --data nyu-visionx/CV-Bench
+    python eval_cvbench.py --model runs/sat/final --data nyu-visionx/CV-Bench --modes all
+    accelerate launch eval_cvbench.py ...        # the same on every GPU: each process takes every n-th question
     python eval_cvbench.py --data data/toy/test.parquet --temperature 1 --strict     # graded as in training
+    python eval_cvbench.py --compare A.jsonl B.jsonl     # two kept files: the paired difference
+    python eval_cvbench.py --ask "What is left of the tree?" --image photo.jpg --model runs/sat/final
 
 Reads CV-Bench (a hub id, or a folder of Parquet files with its columns: test_2d.parquet, test_3d.parquet)
 and, for held-out questions of the training kind, a file as prepare_sat.py writes it. A CV-Bench row looks
@@ -12,28 +15,42 @@ like this:
     idx 0, type "2D", task "Count", image <PNG>, question "How many ...?", choices ["2", "3"], answer "(B)",
     prompt "How many ...? Select from the following choices.\\n(A) 2\\n(B) 3", source "ADE20K", ...
 
-Every question's prompt, completion, extracted answer and verdict is kept in results/MODEL/DATA-MODE.jsonl.
+Every question's prompt, completion, extracted answer and verdict goes to results/MODEL/DATA/MODE.jsonl as it
+comes, and a second start asks only what is missing there. Beside it lie summary.json, summary.md and
+report.html, a page with the scores and the wrong answers.
 """
 import argparse
 import base64
+import hashlib
 import html
 import io
 import json
 import re
-from collections import defaultdict
+import sys
+from collections import Counter, defaultdict, namedtuple
+from contextlib import contextmanager
+from datetime import timedelta
+from functools import lru_cache
+from math import comb
 from pathlib import Path
-from statistics import mean
+from statistics import NormalDist, mean
 
 import torch
 import transformers
+from accelerate import PartialState
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from grpo_vision import (append_jsonl, build_prompt, build_question, completion_text, end_tokens,
-                         extract_answer, fail, grade, load_model, load_processors, open_image, render, sample,
-                         seeded, set_threads, suppressed_tokens)
+from grpo_vision import (append_jsonl, build_prompt, build_question, choose, choose_prompt, completion_text,
+                         end_tokens, extract_answer, fail, grade, load_model, load_processors, open_image,
+                         render, sample, seeded, set_threads, suppressed_tokens)
 
 
 # ---- The questions ---------------------------------------------------------------------------------------
+
+PUBLISHED = {"Count": 788, "Relation": 650, "Depth": 600, "Distance": 600,  # CV-Bench's questions by task
+             "ADE20K": 633, "COCO": 805, "Omni3D": 1200}                    # and by source
+
 
 def load_benchmark(path, limit=None):
     """CV-Bench (hub id, folder or file) or a file of the training layout -> list of questions, each a dict of
@@ -63,45 +80,224 @@ def load_benchmark(path, limit=None):
     n = min(limit or len(table), len(table))
     for i in sorted(seeded("questions").sample(range(len(table)), n)):  # drawn: files are sorted by task
         row = table[i]
-        if not cvbench:
-            questions.append({"id": i, "task": row.get("question_type") or "all", "source": "held-out",
-                              "images": row["images"] or [], "options": row["options"],
-                              "answer": row["answer"],
-                              "text": build_question(row["question"], row["options"])})
-            continue
-        letter = re.fullmatch(r"\(([A-Z])\)", row["answer"].strip())
-        if not letter or ord(letter[1]) - ord("A") >= len(row["choices"]):
-            fail(f"{path}, row {i}: {row['answer']!r} is none of {len(row['choices'])} choices")
-        questions.append({"id": i, "task": row["task"], "source": row["source"], "images": [row["image"]],
-                          "text": row["prompt"], "options": row["choices"],
-                          "answer": row["choices"][ord(letter[1]) - ord("A")]})
+        question = {"id": i, "where": f"{path}, row {i}", "answer": row["answer"]}
+        if cvbench:
+            letter = re.fullmatch(r"\(([A-Z])\)", (row["answer"] or "").strip())
+            number = ord(letter[1]) - ord("A") if letter else len(row["choices"])
+            if number >= len(row["choices"]):
+                fail(f"{path}, row {i}: {row['answer']!r} is none of {len(row['choices'])} choices")
+            question |= {"task": row["task"], "source": row["source"], "images": [row["image"]],
+                         "text": row["prompt"], "options": row["choices"], "answer": row["choices"][number]}
+        else:
+            if row["answer"] not in (row["options"] or []):
+                fail(f"{path}, row {i}: its answer {row['answer']!r} is not one of its options")
+            question |= {"task": row.get("question_type") or "all", "source": "held-out",
+                         "images": row["images"] or [], "options": row["options"],
+                         "text": build_question(row["question"], row["options"])}
+        questions.append(question)
     return questions
+
+
+def check_counts(path, questions):
+    """Warn if these are not as many questions of each task and source as CV-Bench has."""
+    found = Counter(q[key] for q in questions for key in ("task", "source"))
+    wrong = [f"{found[name]} of {name}, not {count}" for name, count in PUBLISHED.items() if found[name] != count]
+    if wrong and "held-out" not in found:
+        print(f"warning: {path} is not CV-Bench as published: it has {'; '.join(wrong)}", file=sys.stderr)
+
+
+def upright(picture):
+    """PIL image -> RGB as a viewer shows it: turned as its EXIF tag says, white where it is transparent (as
+    in Qwen's own code; `convert` alone would show what colour lies hidden there)."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
 
 
 # ---- The answers -----------------------------------------------------------------------------------------
 
-def answer_questions(model, tokenizer, image_processor, questions, template="base", batch_size=32,
-                     max_new_tokens=1024, temperature=0.0, seed=0, strict=False):
-    """Yield one record per question, in batches of prompts of like length; greedy unless temperature > 0."""
+# How a question is asked: the template, and what is put behind a CV-Bench prompt; all are the paper's. Its
+# words for instruct models differ from those it trains them with.
+MODES = {
+    "base-reasoning": ("base", ""),
+    "base-direct": ("base-direct", ""),
+    "instruct-reasoning": ("instruct-direct", "\nOutput the thinking process in <think> </think> and final "
+                                              "answer in <answer> </answer> tags."),
+    "instruct-direct": ("instruct-direct", ""),
+}
+
+
+def choose_modes(names, tokenizer):
+    """--modes -> names of MODES: reasoning and direct in the form that the chat template asks for, as in
+    training; all: every mode that the model admits. An instruct prompt needs a template with roles."""
+    kind, modes = choose_prompt(tokenizer), []
+    admitted = [mode for mode in MODES if kind == "instruct" or mode.startswith("base")]
+    for name in names:
+        modes += admitted if name == "all" else [name if name in MODES else f"{kind}-{name}"]
+    if refused := set(modes) - set(admitted):
+        fail(f"--modes {refused.pop()}: this model's chat template does not tell user from assistant; it is a "
+             f"base model, so choose from: {', '.join(admitted)}")
+    return list(dict.fromkeys(modes))
+
+
+def prompt_text(question, mode, tokenizer):
+    template, ending = MODES[mode]
+    if ending and question["source"] == "held-out":  # of the training kind, so in the words of training
+        template, ending = "instruct", ""
+    return render(question["text"] + ending, len(question["images"]), template, tokenizer)
+
+
+class Processed:
+    """Stands in for the image processor: what it has made of a question's images, for prompts of all modes."""
+    def __init__(self, images, image_processor, device):
+        self.merge_size = image_processor.merge_size
+        self.pixels = image_processor(images=images, return_tensors="pt").to(device) if images else None
+
+    def __call__(self, **_):
+        return self.pixels
+
+
+@contextmanager
+def remembered_images(model, count):
+    """Inside, the vision tower's last `count` outputs are kept: the same tensor does not go through it again.
+    It is two thirds of the work of encoding a prompt in the 2B shape. (Base prompts with and without
+    reasoning also share 28 tokens of text; keys and values are not shared.)"""
+    model.model.get_image_features = lru_cache(count)(model.model.get_image_features)
+    try:
+        yield
+    finally:
+        del model.model.get_image_features  # the class's own shows again
+
+
+def answer_questions(model, tokenizer, image_processor, todo, batch_size=32, max_new_tokens=1024,
+                     temperature=0.0, seed=0, strict=False):
+    """todo: {mode: questions} -> yield one record per question and mode; greedy unless temperature > 0.
+
+    Batches hold questions of like length, the longest first: if memory does not suffice it shows at once.
+    """
+    def length(q):  # in tokens, images included
+        sizes = [open_image(image, q["where"], decode=False).size for image in q["images"]]
+        patches = sum(image_processor.get_number_of_image_patches(height, width) for width, height in sizes)
+        return len(tokenizer(q["text"]).input_ids) + patches // image_processor.merge_size**2
+
     suppressed, eos_ids = suppressed_tokens(model, tokenizer), end_tokens(tokenizer)
-    generator = torch.Generator(model.device).manual_seed(seeded(seed, "evaluation").getrandbits(63))
-    order = sorted(questions, key=lambda q: (len(tokenizer(q["text"]).input_ids), q["id"]))
-    for first in range(0, len(order), batch_size):
-        batch, prompts = order[first:first + batch_size], []
-        for q in batch:
-            images = [open_image(image, f"question {q['id']}") for image in q["images"]]
-            text = render(q["text"], len(images), template, tokenizer)
-            prompts.append(build_prompt(text, images, tokenizer, image_processor, model))
-        rollout = sample(model, prompts, 1, max_new_tokens, temperature, suppressed, eos_ids, generator)
-        for i, (q, prompt) in enumerate(zip(batch, prompts)):
-            ids = rollout.completion_ids[i, rollout.completion_mask[i]]
-            completion = completion_text(prompt.text, ids, tokenizer)
-            extracted = extract_answer(completion, strict)
-            yield {**{k: q[k] for k in ("id", "task", "source", "options", "answer")}, "prompt": prompt.text,
-                   "completion": completion, "extracted": extracted, "length": len(ids),
-                   "finished": bool(rollout.finished[i]),
-                   "parsed": extract_answer(completion, strict=True) is not None,
-                   "correct": grade(extracted, q["answer"], q["options"], strict)}
+    wanted = {mode: {q["id"] for q in questions} for mode, questions in todo.items()}
+    questions = {q["id"]: q for questions in todo.values() for q in questions}.values()
+    order = sorted(questions, key=lambda q: (-length(q), q["id"]))
+    with remembered_images(model, batch_size):
+        for first in range(0, len(order), batch_size):
+            batch = order[first:first + batch_size]
+            images = {q["id"]: [upright(open_image(image, q["where"])) for image in q["images"]] for q in batch}
+            processed = {i: Processed(images[i], image_processor, model.device) for i in images}
+            for mode, ids in wanted.items():
+                asked = [q for q in batch if q["id"] in ids]
+                if not asked:
+                    continue
+                prompts = [build_prompt(prompt_text(q, mode, tokenizer), images[q["id"]], tokenizer,
+                                        processed[q["id"]], model) for q in asked]
+                generator = torch.Generator(model.device)
+                generator.manual_seed(seeded(seed, "evaluation", mode, asked[0]["id"]).getrandbits(63))
+                rollout = sample(model, prompts, 1, max_new_tokens, temperature, suppressed, eos_ids, generator)
+                for i, (q, prompt) in enumerate(zip(asked, prompts)):
+                    tokens = rollout.completion_ids[i, rollout.completion_mask[i]]
+                    record = {**{k: q[k] for k in ("id", "task", "source", "options", "answer")}, "mode": mode,
+                              "prompt": prompt.text, "length": len(tokens),
+                              "completion": completion_text(prompt.text, tokens, tokenizer),
+                              "finished": bool(rollout.finished[i])}
+                    yield graded(record, strict)
+
+
+def graded(record, strict):
+    """The record with what its completion is worth, by the grader as it is now."""
+    extracted = extract_answer(record["completion"], strict)
+    return {**record, "extracted": extracted, "chosen": choose(extracted, record["options"], strict),
+            "correct": grade(extracted, record["answer"], record["options"], strict)}
+
+
+# ---- Kept answers ----------------------------------------------------------------------------------------
+
+def fingerprint(model, image_processor):
+    """12 hex digits that change with any weight, and with the image size limits."""
+    weights = (p.detach().cpu().flatten().view(torch.uint8).numpy() for p in model.parameters())
+    return digest(sorted(dict(image_processor.size).items()), *weights)
+
+
+def digest(value, *blobs):
+    """A value that JSON can hold, and bytes -> 12 hex digits."""
+    found = hashlib.sha256(json.dumps(value).encode())
+    for blob in blobs:
+        found.update(blob)
+    return found.hexdigest()[:12]
+
+
+def question_digest(q):
+    """What a kept answer is an answer to."""
+    blobs = [image["bytes"] or Path(image["path"]).read_bytes() for image in q["images"]]
+    return digest([q["text"], q["options"], q["answer"]], *blobs)
+
+
+def read_results(path):
+    """-> its records. A last line that a killed run left half is passed over: that question is asked again."""
+    records, lines = [], path.read_text().splitlines(keepends=True) if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) or line.endswith("\n"):
+                fail(f"{path}, line {number} is not JSON; repair the file or move it away")
+            print(f"{path}: the last line was cut off; its question counts as not asked", file=sys.stderr)
+    return records
+
+
+def collect(file):
+    """Answers of FILE and of the other processes beside it (MODE.rank1.jsonl ...) -> {id: record}"""
+    files = [*file.parent.glob(f"{file.stem}.rank*.jsonl"), file]
+    return {record["id"]: record for path in files for record in read_results(path)}
+
+
+def store(file, records):
+    """Records -> FILE, by id, in one move; then the other processes' files are not needed any more."""
+    partial = file.with_suffix(".tmp")
+    partial.write_text("".join(json.dumps(record) + "\n" for record in sorted(records, key=lambda r: r["id"])))
+    partial.rename(file)
+    for path in file.parent.glob(f"{file.stem}.rank*.jsonl"):
+        path.unlink()
+
+
+def keep(file, expected):
+    """Leave in FILE the answers that would be given again. expected: record -> dict of what they must have.
+    If there are others, all of the file is first put aside under another name."""
+    records = collect(file)
+    differ = [(key, r.get(key), value) for r in records.values()
+              for key, value in expected(r).items() if r.get(key) != value]
+    if differ:
+        n = 1
+        while (aside := file.with_name(f"{file.stem}.old{n}.jsonl")).exists():
+            n += 1
+        partial = file.with_suffix(".tmp")
+        partial.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
+        partial.rename(aside)
+        key, old, new = differ[0]
+        print(f"{file}: answers with {key} {str(old)[:60]!r}, not {str(new)[:60]!r}, do not count now; the file "
+              f"is kept as {aside.name}", file=sys.stderr)
+        records = {i: r for i, r in records.items() if all(r.get(k) == v for k, v in expected(r).items())}
+    if records or file.exists():
+        store(file, records.values())
+
+
+# ---- The scores ------------------------------------------------------------------------------------------
+
+REFLECTION = re.compile("aha|check|possibl|verify|wait|yet", re.IGNORECASE)  # as the authors count them
+Z = NormalDist().inv_cdf(0.975)  # 1.96: a 95 % interval
+
+PAPER = {  # arXiv 2503.05132, table 1; the base model's Depth is printed as 0.16, likely 10.16
+    "base": (54.69, 22.46, 0.16, 31.66, 31.38), "base + SFT": (60.02, 68.92, 55.00, 45.83, 57.84),
+    "base + GRPO": (59.64, 66.76, 54.16, 56.66, 59.47), "instruct": (45.43, 68.92, 58.66, 51.66, 55.64),
+    "instruct + RL": (61.68, 71.08, 61.50, 60.00, 63.57),
+    "instruct + RL, vision frozen": (64.21, 78.00, 65.67, 66.00, 68.34),
+    "instruct + RL, LLM frozen": (62.05, 72.46, 65.17, 62.17, 65.35)}
 
 
 def accuracy(records):
@@ -111,32 +307,211 @@ def accuracy(records):
     return 100 * p, 100 * (p * (1 - p) / n) ** 0.5 if n else float("nan")
 
 
-def summarise(records):
-    """Records -> dict: accuracy and standard error per task and in total (the paper's micro-average), the
-    official CV-Bench score if all its sources are there, unparsed answers (percent), mean length (tokens)."""
-    groups = {key: defaultdict(list) for key in ("task", "source")}
+def groups(records):
+    """Records -> {name of a score: [(weight, its records), ...]}: tasks, sources, and means over sources.
+
+    total is the paper's micro-average; 2D, 3D and official = (2D + 3D) / 2 are CV-Bench's own, in which the
+    two sources of 2D count the same: 1/2 * ((ADE20K + COCO) / 2 + Omni3D).
+    """
+    found = {key: defaultdict(list) for key in ("task", "source")}
     for record in records:
-        for key, group in groups.items():
+        for key, group in found.items():
             group[record[key]].append(record)
-    summary = {task: accuracy(group) for task, group in sorted(groups["task"].items())}
-    summary["total"] = accuracy(records)
-    ade, coco, omni = (accuracy(groups["source"][name])[0] for name in ("ADE20K", "COCO", "Omni3D"))
-    if ade == ade and coco == coco and omni == omni:  # none is nan
-        summary["official"] = ((ade + coco) / 2 + omni) / 2
-    summary["unparsed"] = 100 * sum(not r["parsed"] for r in records) / len(records)
-    summary["mean_length"] = sum(r["length"] for r in records) / len(records)
-    return summary
+    rank = {name: i for i, name in enumerate(PUBLISHED)}
+    scores = {name: [(1, group[name])] for group in found.values() if len(group) > 1 or group is found["task"]
+              for name in sorted(group, key=lambda name: (rank.get(name, 99), name))}
+    scores["total"] = [(1, list(records))]
+    ade, coco, omni = (found["source"].get(name) for name in ("ADE20K", "COCO", "Omni3D"))
+    if ade and coco and omni:
+        scores |= {"2D": [(1 / 2, ade), (1 / 2, coco)], "3D": [(1, omni)],
+                   "official": [(1 / 4, ade), (1 / 4, coco), (1 / 2, omni)]}
+    return scores
 
 
-def table(name, summary):
-    cell = lambda value: f"{value[0]:.1f} ± {value[1]:.1f}" if isinstance(value, tuple) else f"{value:.1f}"
-    return f"{name}\n" + "".join(f"    {key:24s} {cell(value)}\n" for key, value in summary.items())
+Score = namedtuple("Score", "n value error low high chance")  # all but n in percent
+
+
+def score(parts):
+    """[(weight, records), ...] -> Score of the weighted mean of their shares of right answers.
+
+    Its 95 % interval is Wilson's for a share, which does not leave 0 .. 100 and holds near the ends too; for
+    a mean of shares these are combined by their distances from the shares (MOVER: Zou and Donner 2008).
+    chance: what a guess among each question's choices would reach.
+    """
+    n = value = variance = below = above = chance = 0
+    for weight, records in parts:
+        m, right = len(records), sum(r["correct"] for r in records)
+        p = right / m
+        middle, half = (p + Z**2 / (2 * m)), Z * (p * (1 - p) / m + Z**2 / (4 * m**2)) ** 0.5
+        low, high = ((middle + sign * half) / (1 + Z**2 / m) for sign in (-1, 1))
+        n, value, variance = n + m, value + weight * p, variance + weight**2 * p * (1 - p) / m
+        below, above = below + (weight * (p - low)) ** 2, above + (weight * (high - p)) ** 2
+        chance += weight * mean(1 / len(r["options"]) for r in records)
+    return Score(n, *(100 * x for x in (value, variance**0.5, value - below**0.5, value + above**0.5, chance)))
+
+
+def difference(parts):
+    """[(weight, records with correct and other), ...] -> how many points more `other` scores, the 95 %
+    interval's ends, and, for a single part, the p-value of the two being equally good.
+
+    Paired: only questions that one of the two got right and the other wrong tell them apart. Interval: Bonett
+    and Price 2012, which is never of width 0, combined as in `score`. p: McNemar's exact test, which is the
+    permutation test that swaps the two answers to any question.
+    """
+    value = below = above = 0
+    for weight, records in parts:
+        n = len(records)
+        lost, won = (sum(r["correct"] != r["other"] == side for r in records) for side in (False, True))
+        a, b = (lost + 1) / (n + 2), (won + 1) / (n + 2)
+        half = Z * ((a + b - (b - a) ** 2) / (n + 2)) ** 0.5
+        d = (won - lost) / n
+        value, below, above = (value + weight * d, below + (weight * (d - (b - a - half))) ** 2,
+                               above + (weight * (b - a + half - d)) ** 2)
+    p = min(1.0, 2 * sum(comb(lost + won, k) for k in range(min(lost, won) + 1)) / 2 ** (lost + won))
+    return 100 * value, 100 * (value - below**0.5), 100 * (value + above**0.5), p if len(parts) == 1 else None
+
+
+def summarise(records):
+    """Records -> {"scores": {name: Score}, "rates": percent of answers, but mean_length in tokens}."""
+    rate = lambda test: 100 * mean(bool(test(r)) for r in records)
+    return {"scores": {name: score(parts) for name, parts in groups(records).items()}, "rates": {
+        "unparsed": rate(lambda r: r["chosen"] is None), "truncated": rate(lambda r: not r["finished"]),
+        "letter only": rate(lambda r: re.fullmatch(r"\(?[A-Za-z]\)?\.?", r["extracted"] or "")),
+        "answer block": rate(lambda r: extract_answer(r["completion"], strict=True) is not None),
+        "reflection word": rate(lambda r: REFLECTION.search(r["completion"])),
+        "mean_length": mean(r["length"] for r in records)}}
+
+
+def text_table(summary):
+    lines = [f"    {name:24s} {s.value:5.1f} ± {s.error:.1f}   {s.low:5.1f} .. {s.high:<5.1f}  chance "
+             f"{s.chance:4.1f}   {s.n} questions" for name, s in summary["scores"].items()]
+    return "\n".join(lines + [f"    {name:24s} {value:5.1f}" for name, value in summary["rates"].items()])
+
+
+def score_rows(summaries):
+    """{mode: summary} -> the table of summary.md and report.html, row by row; the first row is the heading."""
+    names = list(next(iter(summaries.values()))["scores"])
+    rows = [["%, 95 % interval", *names]]
+    for mode, summary in summaries.items():
+        rows.append([mode, *(f"{s.value:.1f} ({s.low:.1f}–{s.high:.1f})" for s in summary["scores"].values())])
+    some = summary["scores"].values()
+    rows += [["chance", *(f"{s.chance:.1f}" for s in some)], ["questions", *(str(s.n) for s in some)]]
+    if set(PUBLISHED) <= set(names):
+        for row, values in PAPER.items():
+            value = dict(zip("Count Relation Depth Distance total".split(), values))
+            rows.append([f"paper: {row}", *(f"{value[name]:.2f}" if name in value else "" for name in names)])
+    return rows
+
+
+def rate_rows(summaries):
+    names = list(next(iter(summaries.values()))["rates"])
+    return [["% of answers; tokens", *names],
+            *([mode, *(f"{summary['rates'][name]:.1f}" for name in names)] for mode, summary in summaries.items())]
+
+
+def markdown(rows):
+    line = lambda cells: "| " + " | ".join(cells) + " |\n"
+    return line(rows[0]) + "|---" * len(rows[0]) + "|\n" + "".join(map(line, rows[1:]))
+
+
+def compare(paths):
+    """Two kept files -> their paired difference, printed: how much better B is than A, and how surely."""
+    for path in paths:
+        if not Path(path).exists():
+            fail(f"--compare: {path} does not exist; give two files like results/MODEL/DATA/MODE.jsonl")
+    a, b = ({r["id"]: r for r in read_results(Path(path))} for path in paths)
+    if not (common := sorted(a.keys() & b.keys())):
+        fail(f"--compare: {paths[0]} and {paths[1]} have no question in common")
+    if other := [i for i in common if a[i]["question"] != b[i]["question"]]:
+        fail(f"--compare: question {other[0]} is not the same in {paths[0]} and {paths[1]}")
+    if alone := len(a) + len(b) - 2 * len(common):
+        print(f"warning: {alone} questions are in one of the files only, and are left out", file=sys.stderr)
+    print(f"A: {paths[0]}\nB: {paths[1]}")
+    for name, parts in groups([{**a[i], "other": b[i]["correct"]} for i in common]).items():
+        d, low, high, p = difference(parts)
+        mine = score(parts).value
+        print(f"    {name:24s} A {mine:5.1f}   B {mine + d:5.1f}   B - A {d:+5.1f}   {low:+5.1f} .. {high:+5.1f}"
+              + ("" if p is None else f"   p {p:.2g}"))
+
+
+# ---- The report ------------------------------------------------------------------------------------------
+
+REPORT = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
+table {{ border-collapse: collapse; font-size: 13px; margin: 1rem 0; display: block; overflow-x: auto }}
+td, th {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
+td:first-child, th:first-child {{ text-align: left }}
+article {{ display: flex; gap: 1rem; border-top: 1px solid #ccc; padding: 1rem 0 }}
+article[hidden] {{ display: none }}
+article img {{ max-width: 16rem; max-height: 16rem }}
+pre {{ white-space: pre-wrap; background: #f6f6f6; padding: .5rem; max-height: 20rem; overflow: auto; margin: .4rem 0 }}
+.right {{ background: #d9f2d9 }} .wrong {{ background: #fbe0dd }} .right, .wrong {{ padding: 0 .3rem }}
+</style>
+<h1>{title}</h1>
+{tables}
+<h2>Wrong answers</h2>
+<p>{shown} of {all}. Task <select id="task"><option>all</option>{tasks}</select>
+mode <select id="mode"><option>all</option>{modes}</select></p>
+{wrong}
+<script>
+const pick = name => document.getElementById(name).value
+const show = () => document.querySelectorAll("article").forEach(a => a.hidden =
+  ["task", "mode"].some(name => pick(name) != "all" && pick(name) != a.dataset[name]))
+for (const name of ["task", "mode"]) document.getElementById(name).onchange = show
+</script></html>"""
+
+
+def bars(summary):
+    """Accuracy by task, a bar each with its interval, and a mark at chance -> SVG."""
+    lines = []
+    for i, (name, s) in enumerate(summary["scores"].items()):
+        y, x = 22 * i + 12, lambda percent: 130 + 4 * percent
+        lines.append(
+            f'<text x="122" y="{y + 4}" text-anchor="end">{html.escape(name[:20])}</text>'
+            f'<rect x="130" y="{y - 7}" width="{4 * s.value:.1f}" height="14" fill="#7fb2e5"/>'
+            f'<path d="M{x(s.low):.1f} {y}H{x(s.high):.1f}m0 -4v8M{x(s.low):.1f} {y - 4}v8" stroke="#234"/>'
+            f'<path d="M{x(s.chance):.1f} {y - 9}v18" stroke="#c33" stroke-dasharray="3 2"/>'
+            f'<text x="540" y="{y + 4}">{s.value:.1f}</text>')
+    return (f'<svg width="580" height="{22 * len(lines) + 4}" font-size="12" role="img" '
+            f'aria-label="accuracy with 95 % intervals">{"".join(lines)}</svg>')
+
+
+def write_report(file, title, answers, questions, most=25):
+    """{mode: records} -> FILE: one self-contained page. Of each mode and task at most `most` wrong answers,
+    drawn with a seed, or the page would not open. All text is escaped: markup in an answer shows as text."""
+    summaries = {mode: summarise(records) for mode, records in answers.items()}
+    cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
+    tables = "".join("<table>" + cells("th", rows[0]) + "".join(cells("td", row) for row in rows[1:]) + "</table>"
+                     for rows in (score_rows(summaries), rate_rows(summaries)))
+    tables += "<p>Bar: accuracy with its 95 % interval; dashed: chance.</p>"
+    tables += "".join(f"<h3>{mode}</h3>{bars(summary)}" for mode, summary in summaries.items())
+    images, wrong = {q["id"]: q["images"] for q in questions}, defaultdict(list)
+    for mode, records in answers.items():
+        for r in records:
+            if not r["correct"]:
+                wrong[mode, r["task"]].append(r)
+    articles = []
+    for (mode, task), records in wrong.items():
+        for r in sorted(seeded("report").sample(records, min(most, len(records))), key=lambda r: r["id"]):
+            pictures = "".join(f'<img alt="the image" src="{data_url(image, 320)}">' for image in images[r["id"]])
+            question = r["prompt"].rpartition("<|vision_end|>")[2]
+            said = html.escape(r["chosen"] or f"no choice: {(r['extracted'] or 'nothing')[:80]}")
+            articles.append(
+                f'<article data-task="{html.escape(task)}" data-mode="{mode}"><div>{pictures}</div><div>'
+                f'<b>{html.escape(task)}</b>, question {r["id"]}, {mode}<pre>{html.escape(question)}</pre>'
+                f'Choices: {html.escape(", ".join(r["options"]))}<br>'
+                f'Right: <span class="right">{html.escape(r["answer"])}</span> '
+                f'chosen: <span class="wrong">{said}</span>{"" if r["finished"] else " (cut off)"}'
+                f'<pre>{html.escape(r["completion"])}</pre></div></article>')
+    option = lambda names: "".join(f"<option>{html.escape(name)}</option>" for name in dict.fromkeys(names))
+    file.write_text(REPORT.format(
+        title=html.escape(title), tables=tables, wrong="\n".join(articles), shown=len(articles),
+        all=sum(map(len, wrong.values())), tasks=option(task for _, task in wrong), modes=option(answers)))
 
 
 # ---- A run to look at: curves.png and rollouts.html ------------------------------------------------------
-
-REFLECTION = re.compile("aha|check|possibl|verify|wait|yet", re.IGNORECASE)  # as the authors count them
-
 
 def read_jsonl(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -150,7 +525,7 @@ def load_sets(paths, limit):
 def track(run, step, model, tokenizer, image_processor, sets, template, max_new_tokens):
     """Called while training: score the model, greedy, on fixed questions of each set -> RUN/eval.jsonl."""
     for name, questions in sets.items():
-        answers = answer_questions(model, tokenizer, image_processor, questions, template,
+        answers = answer_questions(model, tokenizer, image_processor, {f"{template}-reasoning": questions},
                                    max_new_tokens=max_new_tokens)
         records = list(tqdm(answers, f"evaluation on {name}", total=len(questions), leave=False))
         append_score(run / "eval.jsonl", step, name, records)
@@ -308,7 +683,7 @@ def write_page(run, data, most_steps=8, most_questions=2):
 
 def data_url(image, side=224):
     """{"bytes", "path"} -> a small PNG or JPEG inside a URL, so that the page needs no other file."""
-    picture = open_image(image, "an image of the page").convert("RGB")
+    picture = upright(open_image(image, "an image of the page"))
     picture.thumbnail((side, side))
     buffer = io.BytesIO()
     picture.save(buffer, "PNG" if max(picture.size) <= 96 else "JPEG")
@@ -325,30 +700,48 @@ def main(argv=None):
     parser.add_argument("--run", type=Path, help="evaluate every checkpoint of this training run instead")
     parser.add_argument("--data", nargs="+", default=["data/toy/cvbench", "data/toy/test.parquet"],
                         help="CV-Bench (hub id, folder, file), or a file as prepare_sat.py writes it")
+    parser.add_argument("--modes", nargs="+", default=["reasoning"], choices=["all", "reasoning", "direct", *MODES],
+                        help="how to ask; reasoning and direct take the model's kind of prompt")
     parser.add_argument("--limit", type=positive, help="only so many questions, always the same")
-    parser.add_argument("--batch_size", type=int, default=32, help="questions decoded together")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens at most per answer")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy, as in the paper")
+    parser.add_argument("--batch_size", type=positive, default=32, help="questions decoded together")
+    parser.add_argument("--max_new_tokens", type=positive, default=1024, help="tokens at most per answer")
+    parser.add_argument("--temperature", type=float, help="default: 0, greedy, as in the paper; 0.6 with --ask")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling, if temperature is above 0")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     parser.add_argument("--strict", action="store_true", help="grade as training does: answer blocks only")
-    parser.add_argument("--no_reasoning", action="store_true", help="the paper's prompt for a direct answer")
     parser.add_argument("--output_dir", default="results", help="where every answer is kept")
+    parser.add_argument("--regrade", action="store_true", help="grade kept answers again, without the model")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two kept files: how much better is B?")
+    parser.add_argument("--ask", metavar="QUESTION", help="a question of your own, to the first --model")
+    parser.add_argument("--image", nargs="+", default=[], help="images that --ask is about")
+    parser.add_argument("--top_p", type=float, default=0.95, help="with --ask: draw from the likeliest tokens")
     args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if args.compare:
+        return compare(args.compare)
+    state = PartialState(timeout=timedelta(days=7))  # processes meet at the end only, however slow one is
+    args.dtype = args.dtype or ("bfloat16" if state.device.type == "cuda" else "float32")
     if args.model is None:
         args.model = checkpoints(args.run or Path("runs/toy"), only_ends=args.run is None)
-    if args.run:
-        scores = args.run / "eval_full.jsonl"
+    if args.ask:
+        return ask(args, state.device)
+    args.temperature = args.temperature or 0.0
+    sets = {path: load_benchmark(path, args.limit) for path in args.data}
+    for path, questions in sets.items():
+        if state.is_main_process and not args.limit:
+            check_counts(path, questions)
+    scores = args.run / "eval_full.jsonl" if args.run and state.is_main_process else None
+    if scores:
         scores.unlink(missing_ok=True)
-    for path in args.data:
-        questions = load_benchmark(path, args.limit)
-        for name in args.model:
-            records = evaluate(name, path, questions, args)
-            if args.run:
+    for name in args.model:
+        loaded = None if args.regrade else load(name, args, state.device)
+        for path, questions in sets.items():
+            answers = evaluate(name, path, questions, loaded, args, state)
+            if scores:
                 step = re.fullmatch(r"checkpoint-(\d+)", Path(name).name)
-                append_score(scores, int(step[1]) if step else 0, path, records)
-    if args.run:
+                append_score(scores, int(step[1]) if step else 0, path, next(iter(answers.values())))
+    if scores:
         draw_curves(args.run, scores)
         print(f"drawn from these scores: {args.run}/curves.png")
 
@@ -362,25 +755,130 @@ def checkpoints(run, only_ends):
     return [start, *map(str, [run / "final"] if only_ends else saved)]
 
 
-def evaluate(name, path, questions, args):
-    """One model on one set: answers go to results/MODEL/DATA-MODE.jsonl as they come -> records."""
+def load(name, args, device):
+    """-> model, tokenizer, image processor"""
     tokenizer, image_processor = load_processors(name)
-    model = load_model(name).to("cuda" if torch.cuda.is_available() else "cpu")
+    model = load_model(name, dtype=getattr(torch, args.dtype)).to(device)
     set_threads(model)
-    mode, template = ("direct", "base-direct") if args.no_reasoning else ("reasoning", "base")
-    answers = answer_questions(model, tokenizer, image_processor, questions, template, args.batch_size,
-                               args.max_new_tokens, args.temperature, args.seed, args.strict)
-    file = Path(args.output_dir) / slug(name) / f"{slug(path)}-{mode}.jsonl"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    records = []
-    with open(file, "w") as out, tqdm(total=len(questions), desc=f"{name} on {path}") as bar:
-        for record in answers:
-            records.append(record)
-            out.write(json.dumps(record) + "\n")
-            bar.set_postfix_str(f"{accuracy(records)[0]:.1f} % right")
-            bar.update()
-    print(table(f"{name} on {path}, {mode}", summarise(records)) + f"    every answer: {file}\n")
-    return records
+    return model, tokenizer, image_processor
+
+
+def evaluate(name, path, questions, loaded, args, state):
+    """One model on one set -> {mode: records}, in the first process; files in results/MODEL/DATA.
+
+    Each process takes every n-th question and writes to a file of its own; the first one merges them at the
+    end, or, after a kill, at the next start.
+    """
+    folder = Path(args.output_dir) / slug(name) / slug(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    if loaded:
+        model, tokenizer, _ = loaded
+        modes, known = choose_modes(args.modes, tokenizer), {q["id"]: q for q in questions}
+        stamp = {"fingerprint": fingerprint(model, loaded[2]), "max_new_tokens": args.max_new_tokens,
+                 "temperature": args.temperature, "seed": args.seed if args.temperature else None,
+                 "dtype": args.dtype}
+        digests = {i: question_digest(q) for i, q in known.items()}
+
+        def expected(mode):
+            """What an answer of this mode has to have: in modes not asked for now, the same model is enough."""
+            def of(record):
+                found = {"mode": mode, **(stamp if mode in modes else {"fingerprint": stamp["fingerprint"]})}
+                if record["id"] in known:
+                    found["question"] = digests[record["id"]]
+                    if mode in modes:
+                        found["prompt"] = prompt_text(known[record["id"]], mode, tokenizer)
+                return found
+            return of
+
+        if state.is_main_process:
+            for mode in MODES:
+                keep(folder / f"{mode}.jsonl", expected(mode))
+        state.wait_for_everyone()
+        done = {mode: {r["id"] for r in read_results(folder / f"{mode}.jsonl")} for mode in modes}
+        share = questions[state.process_index::state.num_processes]
+        todo = {mode: [q for q in share if q["id"] not in done[mode]] for mode in modes}
+        state.wait_for_everyone()  # all have read before one writes
+        answers = answer_questions(*loaded, todo, args.batch_size, args.max_new_tokens, args.temperature,
+                                   args.seed, args.strict)
+        rank = f".rank{state.process_index}" if state.process_index else ""
+        verdicts = []
+        with tqdm(total=sum(map(len, todo.values())), desc=f"{name} on {path}",
+                  disable=not state.is_main_process) as bar:
+            for record in answers:
+                append_jsonl(folder / f"{record['mode']}{rank}.jsonl",
+                             [{**record, "question": digests[record["id"]], **stamp}])
+                verdicts.append(record["correct"])
+                bar.set_postfix_str(f"{100 * mean(verdicts):.1f} % right")
+                bar.update()
+        state.wait_for_everyone()
+    return conclude(name, path, questions, folder, args.strict) if state.is_main_process else {}
+
+
+def conclude(name, path, questions, folder, strict):
+    """The kept answers of all modes, graded -> summary.json, summary.md, report.html, and {mode: records}."""
+    answers, asked = {}, {q["id"]: q for q in questions}
+    for mode in MODES:
+        records = [graded(record, strict) for record in collect(folder / f"{mode}.jsonl").values()]
+        if other := [r for r in records if r["mode"] != mode]:
+            fail(f"{folder}/{mode}.jsonl has answers of mode {other[0]['mode']}; move it away, or rename it")
+        if records:
+            store(folder / f"{mode}.jsonl", records)
+            answers[mode] = sorted((r for r in records if r["id"] in asked), key=lambda r: r["id"])
+    answers = {mode: records for mode, records in answers.items() if records}
+    if not answers:
+        fail(f"{folder} has no kept answers to these questions; start without --regrade")
+    summaries = {mode: summarise(records) for mode, records in answers.items()}
+    title = f"{name} on {path}" + ", graded as in training" * strict
+    (folder / "summary.json").write_text(json.dumps(
+        {mode: {"scores": {key: value._asdict() for key, value in summary["scores"].items()},
+                "rates": summary["rates"]} for mode, summary in summaries.items()}, indent=1))
+    (folder / "summary.md").write_text(f"# {title}\n\n{markdown(score_rows(summaries))}\n"
+                                       f"{markdown(rate_rows(summaries))}")
+    write_report(folder / "report.html", title, answers, questions)
+    for mode, summary in summaries.items():
+        missing = len(questions) - len(answers[mode])
+        print(f"{title}, {mode}" + f" ({missing} questions not answered yet)" * bool(missing))
+        print(text_table(summary))
+    print(f"    every answer, summary.md and report.html: {folder}\n")
+    return answers
+
+
+def ask(args, device):
+    """Print a streamed answer to one question: temperature 0.6 and top_p 0.95 are Vision-R1's."""
+    model, tokenizer, image_processor = load(args.model[-1], args, device)
+    images = []
+    for file in args.image:
+        try:
+            images.append(upright(Image.open(file)))
+        except Exception as error:  # PIL raises many kinds
+            fail(f"--image {file} cannot be read: {error}")
+    question = {"text": args.ask, "images": images, "source": "asked"}
+    text = prompt_text(question, choose_modes(args.modes, tokenizer)[0], tokenizer)
+    prompt = build_prompt(text, images, tokenizer, image_processor, model)
+    print(completion_text(text, [], tokenizer), end="", flush=True)
+    temperature = 0.6 if args.temperature is None else args.temperature
+    ids = stream(model, tokenizer, prompt, temperature, args.top_p, args.max_new_tokens, args.seed)
+    answer = extract_answer(completion_text(text, ids, tokenizer), strict=True)
+    if ids[-1] not in end_tokens(tokenizer):
+        print(f"(cut off: --max_new_tokens {args.max_new_tokens})")
+    print(f"answer: {answer}" if answer else "(no answer block)")
+
+
+def stream(model, tokenizer, prompt, temperature, top_p, max_new_tokens, seed=0):
+    """transformers' own `generate` on a Prompt, printed as it comes -> ids of the completion (C,)"""
+    model.generation_config = transformers.GenerationConfig()  # the published one has temperature 0.01, top_k 1
+    inputs = dict(input_ids=prompt.input_ids, attention_mask=torch.ones_like(prompt.input_ids),
+                  mm_token_type_ids=(prompt.input_ids == model.config.image_token_id).int())
+    if prompt.pixel_values is not None:
+        inputs |= dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
+    drawn = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else {}
+    torch.manual_seed(seed)
+    eos_ids = end_tokens(tokenizer)
+    ids = model.generate(**inputs, **drawn, max_new_tokens=max_new_tokens, eos_token_id=eos_ids,
+                         pad_token_id=eos_ids[0],
+                         suppress_tokens=suppressed_tokens(model, tokenizer).nonzero()[:, 0].tolist(),
+                         streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+    return ids[0, prompt.input_ids.shape[1]:]
 
 
 def positive(text):
