@@ -3,7 +3,7 @@
     python eval_cvbench.py                       # runs/toy/final and its base, on the toy's two sets
     python eval_cvbench.py --run runs/toy        # every checkpoint of a run, and its curves from these scores
     python eval_cvbench.py --model runs/sat/final --data nyu-visionx/CV-Bench --modes all
-    accelerate launch eval_cvbench.py ...        # the same on every GPU: each process takes every n-th question
+    accelerate launch eval_cvbench.py ...        # on all GPUs: each process takes every n-th question
     python eval_cvbench.py --data data/toy/test.parquet --temperature 1 --strict     # graded as in training
     python eval_cvbench.py --compare A.jsonl B.jsonl     # two kept files: the paired difference
     python eval_cvbench.py --ask "What is left of the tree?" --image photo.jpg --model runs/sat/final
@@ -27,13 +27,12 @@ import io
 import json
 import re
 import sys
-from collections import Counter, defaultdict, namedtuple
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from datetime import timedelta
 from functools import lru_cache
-from math import comb
 from pathlib import Path
-from statistics import NormalDist, mean
+from statistics import mean
 
 import torch
 import transformers
@@ -44,13 +43,11 @@ from tqdm import tqdm
 from grpo_vision import (append_jsonl, build_prompt, build_question, choose, choose_prompt, completion_text,
                          end_tokens, extract_answer, fail, grade, load_model, load_processors, open_image,
                          render, sample, seeded, set_threads, suppressed_tokens)
+from scores import (PUBLISHED, REFLECTION, accuracy, comparison, markdown, rate_rows, score_rows, summarise,
+                    text_table)
 
 
 # ---- The questions ---------------------------------------------------------------------------------------
-
-PUBLISHED = {"Count": 788, "Relation": 650, "Depth": 600, "Distance": 600,  # CV-Bench's questions by task
-             "ADE20K": 633, "COCO": 805, "Omni3D": 1200}                    # and by source
-
 
 def load_benchmark(path, limit=None):
     """CV-Bench (hub id, folder or file) or a file of the training layout -> list of questions, each a dict of
@@ -101,7 +98,8 @@ def load_benchmark(path, limit=None):
 def check_counts(path, questions):
     """Warn if these are not as many questions of each task and source as CV-Bench has."""
     found = Counter(q[key] for q in questions for key in ("task", "source"))
-    wrong = [f"{found[name]} of {name}, not {count}" for name, count in PUBLISHED.items() if found[name] != count]
+    wrong = [f"{found[name]} of {name}, not {count}" for name, count in PUBLISHED.items()
+             if found[name] != count]
     if wrong and "held-out" not in found:
         print(f"warning: {path} is not CV-Bench as published: it has {'; '.join(wrong)}", file=sys.stderr)
 
@@ -130,15 +128,15 @@ MODES = {
 
 
 def choose_modes(names, tokenizer):
-    """--modes -> names of MODES: reasoning and direct in the form that the chat template asks for, as in
+    """--modes -> names of MODES; reasoning and direct: in the form that the chat template asks for, as in
     training; all: every mode that the model admits. An instruct prompt needs a template with roles."""
     kind, modes = choose_prompt(tokenizer), []
     admitted = [mode for mode in MODES if kind == "instruct" or mode.startswith("base")]
     for name in names:
         modes += admitted if name == "all" else [name if name in MODES else f"{kind}-{name}"]
     if refused := set(modes) - set(admitted):
-        fail(f"--modes {refused.pop()}: this model's chat template does not tell user from assistant; it is a "
-             f"base model, so choose from: {', '.join(admitted)}")
+        fail(f"--modes {refused.pop()}: the model has no chat template that tells user from assistant; "
+             f"choose from: {', '.join(admitted)}")
     return list(dict.fromkeys(modes))
 
 
@@ -150,7 +148,7 @@ def prompt_text(question, mode, tokenizer):
 
 
 class Processed:
-    """Stands in for the image processor: what it has made of a question's images, for prompts of all modes."""
+    """Stands in for the image processor: what it made of a question's images, for the prompts of all modes."""
     def __init__(self, images, image_processor, device):
         self.merge_size = image_processor.merge_size
         self.pixels = image_processor(images=images, return_tensors="pt").to(device) if images else None
@@ -189,23 +187,24 @@ def answer_questions(model, tokenizer, image_processor, todo, batch_size=32, max
     with remembered_images(model, batch_size):
         for first in range(0, len(order), batch_size):
             batch = order[first:first + batch_size]
-            images = {q["id"]: [upright(open_image(image, q["where"])) for image in q["images"]] for q in batch}
-            processed = {i: Processed(images[i], image_processor, model.device) for i in images}
+            images = [[upright(open_image(image, q["where"])) for image in q["images"]] for q in batch]
+            processed = [Processed(some, image_processor, model.device) for some in images]
             for mode, ids in wanted.items():
-                asked = [q for q in batch if q["id"] in ids]
+                asked = [i for i, q in enumerate(batch) if q["id"] in ids]
                 if not asked:
                     continue
-                prompts = [build_prompt(prompt_text(q, mode, tokenizer), images[q["id"]], tokenizer,
-                                        processed[q["id"]], model) for q in asked]
+                prompts = [build_prompt(prompt_text(batch[i], mode, tokenizer), images[i], tokenizer,
+                                        processed[i], model) for i in asked]
                 generator = torch.Generator(model.device)
-                generator.manual_seed(seeded(seed, "evaluation", mode, asked[0]["id"]).getrandbits(63))
-                rollout = sample(model, prompts, 1, max_new_tokens, temperature, suppressed, eos_ids, generator)
-                for i, (q, prompt) in enumerate(zip(asked, prompts)):
-                    tokens = rollout.completion_ids[i, rollout.completion_mask[i]]
-                    record = {**{k: q[k] for k in ("id", "task", "source", "options", "answer")}, "mode": mode,
-                              "prompt": prompt.text, "length": len(tokens),
-                              "completion": completion_text(prompt.text, tokens, tokenizer),
-                              "finished": bool(rollout.finished[i])}
+                generator.manual_seed(seeded(seed, "answers", mode, batch[asked[0]]["id"]).getrandbits(63))
+                rollout = sample(model, prompts, 1, max_new_tokens, temperature, suppressed, eos_ids,
+                                 generator)
+                for row, (i, prompt) in enumerate(zip(asked, prompts)):
+                    tokens = rollout.completion_ids[row, rollout.completion_mask[row]]
+                    record = {key: batch[i][key] for key in ("id", "task", "source", "options", "answer")}
+                    record |= {"mode": mode, "prompt": prompt.text, "length": len(tokens),
+                               "completion": completion_text(prompt.text, tokens, tokenizer),
+                               "finished": bool(rollout.finished[row])}
                     yield graded(record, strict)
 
 
@@ -218,12 +217,6 @@ def graded(record, strict):
 
 # ---- Kept answers ----------------------------------------------------------------------------------------
 
-def fingerprint(model, image_processor):
-    """12 hex digits that change with any weight, and with the image size limits."""
-    weights = (p.detach().cpu().flatten().view(torch.uint8).numpy() for p in model.parameters())
-    return digest(sorted(dict(image_processor.size).items()), *weights)
-
-
 def digest(value, *blobs):
     """A value that JSON can hold, and bytes -> 12 hex digits."""
     found = hashlib.sha256(json.dumps(value).encode())
@@ -232,14 +225,20 @@ def digest(value, *blobs):
     return found.hexdigest()[:12]
 
 
+def fingerprint(model, image_processor):
+    """Changes with any weight, and with the image size limits."""
+    weights = (p.detach().cpu().flatten().view(torch.uint8).numpy() for p in model.parameters())
+    return digest(sorted(dict(image_processor.size).items()), *weights)
+
+
 def question_digest(q):
-    """What a kept answer is an answer to."""
+    """Changes with anything that a question asks or shows."""
     blobs = [image["bytes"] or Path(image["path"]).read_bytes() for image in q["images"]]
     return digest([q["text"], q["options"], q["answer"]], *blobs)
 
 
 def read_results(path):
-    """-> its records. A last line that a killed run left half is passed over: that question is asked again."""
+    """-> its records. A last line that a killed run left half is passed over: its question is asked again."""
     records, lines = [], path.read_text().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
@@ -252,186 +251,52 @@ def read_results(path):
 
 
 def collect(file):
-    """Answers of FILE and of the other processes beside it (MODE.rank1.jsonl ...) -> {id: record}"""
+    """Answers in FILE and in those of other processes beside it (MODE.rank1.jsonl ...) -> list, by id."""
     files = [*file.parent.glob(f"{file.stem}.rank*.jsonl"), file]
-    return {record["id"]: record for path in files for record in read_results(path)}
+    found = {record["id"]: record for path in files for record in read_results(path)}
+    return [found[i] for i in sorted(found)]
 
 
 def store(file, records):
-    """Records -> FILE, by id, in one move; then the other processes' files are not needed any more."""
+    """Records -> FILE, in one move."""
     partial = file.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in sorted(records, key=lambda r: r["id"])))
+    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
     partial.rename(file)
+
+
+def keep(file, expected):
+    """Leave in FILE, whole lines and all processes' together, the answers that would be given again now.
+    expected: record -> dict of what it has to have. If some differ, all are put aside first, under a name of
+    their own."""
+    records = collect(file)
+    if differ := [(key, r.get(key), value) for r in records for key, value in expected(r).items()
+                  if r.get(key) != value]:
+        aside = next(path for n in range(1, 1000)
+                     if not (path := file.with_name(f"{file.stem}.old{n}.jsonl")).exists())
+        store(aside, records)
+        key, old, new = differ[0]
+        print(f"{file}: put aside as {aside.name}; it has answers with {key} {str(old)[:60]!r}, and now the "
+              f"{key} is {str(new)[:60]!r}", file=sys.stderr)
+        records = [r for r in records if all(r.get(key) == value for key, value in expected(r).items())]
+    if records or file.exists():
+        store(file, records)
     for path in file.parent.glob(f"{file.stem}.rank*.jsonl"):
         path.unlink()
 
 
-def keep(file, expected):
-    """Leave in FILE the answers that would be given again. expected: record -> dict of what they must have.
-    If there are others, all of the file is first put aside under another name."""
-    records = collect(file)
-    differ = [(key, r.get(key), value) for r in records.values()
-              for key, value in expected(r).items() if r.get(key) != value]
-    if differ:
-        n = 1
-        while (aside := file.with_name(f"{file.stem}.old{n}.jsonl")).exists():
-            n += 1
-        partial = file.with_suffix(".tmp")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records.values()))
-        partial.rename(aside)
-        key, old, new = differ[0]
-        print(f"{file}: answers with {key} {str(old)[:60]!r}, not {str(new)[:60]!r}, do not count now; the file "
-              f"is kept as {aside.name}", file=sys.stderr)
-        records = {i: r for i, r in records.items() if all(r.get(k) == v for k, v in expected(r).items())}
-    if records or file.exists():
-        store(file, records.values())
-
-
-# ---- The scores ------------------------------------------------------------------------------------------
-
-REFLECTION = re.compile("aha|check|possibl|verify|wait|yet", re.IGNORECASE)  # as the authors count them
-Z = NormalDist().inv_cdf(0.975)  # 1.96: a 95 % interval
-
-PAPER = {  # arXiv 2503.05132, table 1; the base model's Depth is printed as 0.16, likely 10.16
-    "base": (54.69, 22.46, 0.16, 31.66, 31.38), "base + SFT": (60.02, 68.92, 55.00, 45.83, 57.84),
-    "base + GRPO": (59.64, 66.76, 54.16, 56.66, 59.47), "instruct": (45.43, 68.92, 58.66, 51.66, 55.64),
-    "instruct + RL": (61.68, 71.08, 61.50, 60.00, 63.57),
-    "instruct + RL, vision frozen": (64.21, 78.00, 65.67, 66.00, 68.34),
-    "instruct + RL, LLM frozen": (62.05, 72.46, 65.17, 62.17, 65.35)}
-
-
-def accuracy(records):
-    """-> share of right answers and its standard error, both in percent (nan without records)."""
-    n = len(records)
-    p = sum(r["correct"] for r in records) / n if n else float("nan")
-    return 100 * p, 100 * (p * (1 - p) / n) ** 0.5 if n else float("nan")
-
-
-def groups(records):
-    """Records -> {name of a score: [(weight, its records), ...]}: tasks, sources, and means over sources.
-
-    total is the paper's micro-average; 2D, 3D and official = (2D + 3D) / 2 are CV-Bench's own, in which the
-    two sources of 2D count the same: 1/2 * ((ADE20K + COCO) / 2 + Omni3D).
-    """
-    found = {key: defaultdict(list) for key in ("task", "source")}
-    for record in records:
-        for key, group in found.items():
-            group[record[key]].append(record)
-    rank = {name: i for i, name in enumerate(PUBLISHED)}
-    scores = {name: [(1, group[name])] for group in found.values() if len(group) > 1 or group is found["task"]
-              for name in sorted(group, key=lambda name: (rank.get(name, 99), name))}
-    scores["total"] = [(1, list(records))]
-    ade, coco, omni = (found["source"].get(name) for name in ("ADE20K", "COCO", "Omni3D"))
-    if ade and coco and omni:
-        scores |= {"2D": [(1 / 2, ade), (1 / 2, coco)], "3D": [(1, omni)],
-                   "official": [(1 / 4, ade), (1 / 4, coco), (1 / 2, omni)]}
-    return scores
-
-
-Score = namedtuple("Score", "n value error low high chance")  # all but n in percent
-
-
-def score(parts):
-    """[(weight, records), ...] -> Score of the weighted mean of their shares of right answers.
-
-    Its 95 % interval is Wilson's for a share, which does not leave 0 .. 100 and holds near the ends too; for
-    a mean of shares these are combined by their distances from the shares (MOVER: Zou and Donner 2008).
-    chance: what a guess among each question's choices would reach.
-    """
-    n = value = variance = below = above = chance = 0
-    for weight, records in parts:
-        m, right = len(records), sum(r["correct"] for r in records)
-        p = right / m
-        middle, half = (p + Z**2 / (2 * m)), Z * (p * (1 - p) / m + Z**2 / (4 * m**2)) ** 0.5
-        low, high = ((middle + sign * half) / (1 + Z**2 / m) for sign in (-1, 1))
-        n, value, variance = n + m, value + weight * p, variance + weight**2 * p * (1 - p) / m
-        below, above = below + (weight * (p - low)) ** 2, above + (weight * (high - p)) ** 2
-        chance += weight * mean(1 / len(r["options"]) for r in records)
-    return Score(n, *(100 * x for x in (value, variance**0.5, value - below**0.5, value + above**0.5, chance)))
-
-
-def difference(parts):
-    """[(weight, records with correct and other), ...] -> how many points more `other` scores, the 95 %
-    interval's ends, and, for a single part, the p-value of the two being equally good.
-
-    Paired: only questions that one of the two got right and the other wrong tell them apart. Interval: Bonett
-    and Price 2012, which is never of width 0, combined as in `score`. p: McNemar's exact test, which is the
-    permutation test that swaps the two answers to any question.
-    """
-    value = below = above = 0
-    for weight, records in parts:
-        n = len(records)
-        lost, won = (sum(r["correct"] != r["other"] == side for r in records) for side in (False, True))
-        a, b = (lost + 1) / (n + 2), (won + 1) / (n + 2)
-        half = Z * ((a + b - (b - a) ** 2) / (n + 2)) ** 0.5
-        d = (won - lost) / n
-        value, below, above = (value + weight * d, below + (weight * (d - (b - a - half))) ** 2,
-                               above + (weight * (b - a + half - d)) ** 2)
-    p = min(1.0, 2 * sum(comb(lost + won, k) for k in range(min(lost, won) + 1)) / 2 ** (lost + won))
-    return 100 * value, 100 * (value - below**0.5), 100 * (value + above**0.5), p if len(parts) == 1 else None
-
-
-def summarise(records):
-    """Records -> {"scores": {name: Score}, "rates": percent of answers, but mean_length in tokens}."""
-    rate = lambda test: 100 * mean(bool(test(r)) for r in records)
-    return {"scores": {name: score(parts) for name, parts in groups(records).items()}, "rates": {
-        "unparsed": rate(lambda r: r["chosen"] is None), "truncated": rate(lambda r: not r["finished"]),
-        "letter only": rate(lambda r: re.fullmatch(r"\(?[A-Za-z]\)?\.?", r["extracted"] or "")),
-        "answer block": rate(lambda r: extract_answer(r["completion"], strict=True) is not None),
-        "reflection word": rate(lambda r: REFLECTION.search(r["completion"])),
-        "mean_length": mean(r["length"] for r in records)}}
-
-
-def text_table(summary):
-    lines = [f"    {name:24s} {s.value:5.1f} ± {s.error:.1f}   {s.low:5.1f} .. {s.high:<5.1f}  chance "
-             f"{s.chance:4.1f}   {s.n} questions" for name, s in summary["scores"].items()]
-    return "\n".join(lines + [f"    {name:24s} {value:5.1f}" for name, value in summary["rates"].items()])
-
-
-def score_rows(summaries):
-    """{mode: summary} -> the table of summary.md and report.html, row by row; the first row is the heading."""
-    names = list(next(iter(summaries.values()))["scores"])
-    rows = [["%, 95 % interval", *names]]
-    for mode, summary in summaries.items():
-        rows.append([mode, *(f"{s.value:.1f} ({s.low:.1f}–{s.high:.1f})" for s in summary["scores"].values())])
-    some = summary["scores"].values()
-    rows += [["chance", *(f"{s.chance:.1f}" for s in some)], ["questions", *(str(s.n) for s in some)]]
-    if set(PUBLISHED) <= set(names):
-        for row, values in PAPER.items():
-            value = dict(zip("Count Relation Depth Distance total".split(), values))
-            rows.append([f"paper: {row}", *(f"{value[name]:.2f}" if name in value else "" for name in names)])
-    return rows
-
-
-def rate_rows(summaries):
-    names = list(next(iter(summaries.values()))["rates"])
-    return [["% of answers; tokens", *names],
-            *([mode, *(f"{summary['rates'][name]:.1f}" for name in names)] for mode, summary in summaries.items())]
-
-
-def markdown(rows):
-    line = lambda cells: "| " + " | ".join(cells) + " |\n"
-    return line(rows[0]) + "|---" * len(rows[0]) + "|\n" + "".join(map(line, rows[1:]))
-
-
 def compare(paths):
-    """Two kept files -> their paired difference, printed: how much better B is than A, and how surely."""
+    """Two kept files -> how much better the second is on the questions that both have, printed."""
     for path in paths:
         if not Path(path).exists():
             fail(f"--compare: {path} does not exist; give two files like results/MODEL/DATA/MODE.jsonl")
     a, b = ({r["id"]: r for r in read_results(Path(path))} for path in paths)
-    if not (common := sorted(a.keys() & b.keys())):
-        fail(f"--compare: {paths[0]} and {paths[1]} have no question in common")
-    if other := [i for i in common if a[i]["question"] != b[i]["question"]]:
-        fail(f"--compare: question {other[0]} is not the same in {paths[0]} and {paths[1]}")
-    if alone := len(a) + len(b) - 2 * len(common):
-        print(f"warning: {alone} questions are in one of the files only, and are left out", file=sys.stderr)
+    both = sorted(a.keys() & b.keys())
+    if not both or any(a[i]["question"] != b[i]["question"] for i in both):
+        fail(f"--compare: {paths[0]} and {paths[1]} are not answers to the same questions")
+    if alone := len(a) + len(b) - 2 * len(both):
+        print(f"warning: left out: {alone} questions that only one of the files has", file=sys.stderr)
     print(f"A: {paths[0]}\nB: {paths[1]}")
-    for name, parts in groups([{**a[i], "other": b[i]["correct"]} for i in common]).items():
-        d, low, high, p = difference(parts)
-        mine = score(parts).value
-        print(f"    {name:24s} A {mine:5.1f}   B {mine + d:5.1f}   B - A {d:+5.1f}   {low:+5.1f} .. {high:+5.1f}"
-              + ("" if p is None else f"   p {p:.2g}"))
+    print(comparison([a[i] for i in both], [b[i] for i in both]))
 
 
 # ---- The report ------------------------------------------------------------------------------------------
@@ -441,12 +306,13 @@ REPORT = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}<
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
 table {{ border-collapse: collapse; font-size: 13px; margin: 1rem 0; display: block; overflow-x: auto }}
-td, th {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
-td:first-child, th:first-child {{ text-align: left }}
+td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
+td:first-child {{ text-align: left }}
+tr:first-child {{ font-weight: 600 }}
 article {{ display: flex; gap: 1rem; border-top: 1px solid #ccc; padding: 1rem 0 }}
 article[hidden] {{ display: none }}
 article img {{ max-width: 16rem; max-height: 16rem }}
-pre {{ white-space: pre-wrap; background: #f6f6f6; padding: .5rem; max-height: 20rem; overflow: auto; margin: .4rem 0 }}
+pre {{ white-space: pre-wrap; background: #f6f6f6; padding: .5rem; max-height: 20rem; overflow: auto }}
 .right {{ background: #d9f2d9 }} .wrong {{ background: #fbe0dd }} .right, .wrong {{ padding: 0 .3rem }}
 </style>
 <h1>{title}</h1>
@@ -482,10 +348,10 @@ def write_report(file, title, answers, questions, most=25):
     """{mode: records} -> FILE: one self-contained page. Of each mode and task at most `most` wrong answers,
     drawn with a seed, or the page would not open. All text is escaped: markup in an answer shows as text."""
     summaries = {mode: summarise(records) for mode, records in answers.items()}
-    cells = lambda tag, row: "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in row) + "</tr>"
-    tables = "".join("<table>" + cells("th", rows[0]) + "".join(cells("td", row) for row in rows[1:]) + "</table>"
+    cells = lambda row: "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
+    tables = "".join(f'<table>{"".join(map(cells, rows))}</table>'
                      for rows in (score_rows(summaries), rate_rows(summaries)))
-    tables += "<p>Bar: accuracy with its 95 % interval; dashed: chance.</p>"
+    tables += "<p>Bars: accuracy with its 95 % interval; dashed: chance.</p>"
     tables += "".join(f"<h3>{mode}</h3>{bars(summary)}" for mode, summary in summaries.items())
     images, wrong = {q["id"]: q["images"] for q in questions}, defaultdict(list)
     for mode, records in answers.items():
@@ -495,7 +361,8 @@ def write_report(file, title, answers, questions, most=25):
     articles = []
     for (mode, task), records in wrong.items():
         for r in sorted(seeded("report").sample(records, min(most, len(records))), key=lambda r: r["id"]):
-            pictures = "".join(f'<img alt="the image" src="{data_url(image, 320)}">' for image in images[r["id"]])
+            pictures = "".join(f'<img alt="the image" src="{data_url(image, 320)}">'
+                               for image in images[r["id"]])
             question = r["prompt"].rpartition("<|vision_end|>")[2]
             said = html.escape(r["chosen"] or f"no choice: {(r['extracted'] or 'nothing')[:80]}")
             articles.append(
@@ -700,18 +567,19 @@ def main(argv=None):
     parser.add_argument("--run", type=Path, help="evaluate every checkpoint of this training run instead")
     parser.add_argument("--data", nargs="+", default=["data/toy/cvbench", "data/toy/test.parquet"],
                         help="CV-Bench (hub id, folder, file), or a file as prepare_sat.py writes it")
-    parser.add_argument("--modes", nargs="+", default=["reasoning"], choices=["all", "reasoning", "direct", *MODES],
-                        help="how to ask; reasoning and direct take the model's kind of prompt")
+    parser.add_argument("--modes", nargs="+", default=["reasoning"],
+                        choices=["all", "reasoning", "direct", *MODES],
+                        help="how to ask; reasoning, direct: in the model's kind of prompt")
     parser.add_argument("--limit", type=positive, help="only so many questions, always the same")
     parser.add_argument("--batch_size", type=positive, default=32, help="questions decoded together")
     parser.add_argument("--max_new_tokens", type=positive, default=1024, help="tokens at most per answer")
-    parser.add_argument("--temperature", type=float, help="default: 0, greedy, as in the paper; 0.6 with --ask")
+    parser.add_argument("--temperature", type=float, help="default: 0, greedy, as the paper; 0.6 with --ask")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling, if temperature is above 0")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     parser.add_argument("--strict", action="store_true", help="grade as training does: answer blocks only")
     parser.add_argument("--output_dir", default="results", help="where every answer is kept")
     parser.add_argument("--regrade", action="store_true", help="grade kept answers again, without the model")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two kept files: how much better is B?")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="kept files: how much better is B?")
     parser.add_argument("--ask", metavar="QUESTION", help="a question of your own, to the first --model")
     parser.add_argument("--image", nargs="+", default=[], help="images that --ask is about")
     parser.add_argument("--top_p", type=float, default=0.95, help="with --ask: draw from the likeliest tokens")
@@ -737,10 +605,10 @@ def main(argv=None):
     for name in args.model:
         loaded = None if args.regrade else load(name, args, state.device)
         for path, questions in sets.items():
-            answers = evaluate(name, path, questions, loaded, args, state)
+            records = evaluate(name, path, questions, loaded, args, state)
             if scores:
                 step = re.fullmatch(r"checkpoint-(\d+)", Path(name).name)
-                append_score(scores, int(step[1]) if step else 0, path, next(iter(answers.values())))
+                append_score(scores, int(step[1]) if step else 0, path, records)
     if scores:
         draw_curves(args.run, scores)
         print(f"drawn from these scores: {args.run}/curves.png")
@@ -764,80 +632,82 @@ def load(name, args, device):
 
 
 def evaluate(name, path, questions, loaded, args, state):
-    """One model on one set -> {mode: records}, in the first process; files in results/MODEL/DATA.
+    """One model on one set; files in results/MODEL/DATA -> records of the first mode, in the first process.
 
-    Each process takes every n-th question and writes to a file of its own; the first one merges them at the
-    end, or, after a kill, at the next start.
+    Each process takes every n-th question and writes to a file of its own, which the first one takes over
+    when all are done, or at the next start if they were killed.
     """
     folder = Path(args.output_dir) / slug(name) / slug(path)
     folder.mkdir(parents=True, exist_ok=True)
-    if loaded:
-        model, tokenizer, _ = loaded
-        modes, known = choose_modes(args.modes, tokenizer), {q["id"]: q for q in questions}
-        stamp = {"fingerprint": fingerprint(model, loaded[2]), "max_new_tokens": args.max_new_tokens,
-                 "temperature": args.temperature, "seed": args.seed if args.temperature else None,
-                 "dtype": args.dtype}
-        digests = {i: question_digest(q) for i, q in known.items()}
+    modes = give_answers(name, path, questions, folder, *loaded, args, state) if loaded else MODES
+    if state.is_main_process:
+        answers = conclude(name, path, questions, folder, args.strict)
+        return next(answers[mode] for mode in modes if mode in answers)
 
-        def expected(mode):
-            """What an answer of this mode has to have: in modes not asked for now, the same model is enough."""
-            def of(record):
-                found = {"mode": mode, **(stamp if mode in modes else {"fingerprint": stamp["fingerprint"]})}
-                if record["id"] in known:
-                    found["question"] = digests[record["id"]]
-                    if mode in modes:
-                        found["prompt"] = prompt_text(known[record["id"]], mode, tokenizer)
-                return found
-            return of
 
-        if state.is_main_process:
-            for mode in MODES:
-                keep(folder / f"{mode}.jsonl", expected(mode))
-        state.wait_for_everyone()
-        done = {mode: {r["id"] for r in read_results(folder / f"{mode}.jsonl")} for mode in modes}
-        share = questions[state.process_index::state.num_processes]
-        todo = {mode: [q for q in share if q["id"] not in done[mode]] for mode in modes}
-        state.wait_for_everyone()  # all have read before one writes
-        answers = answer_questions(*loaded, todo, args.batch_size, args.max_new_tokens, args.temperature,
-                                   args.seed, args.strict)
-        rank = f".rank{state.process_index}" if state.process_index else ""
-        verdicts = []
-        with tqdm(total=sum(map(len, todo.values())), desc=f"{name} on {path}",
-                  disable=not state.is_main_process) as bar:
-            for record in answers:
-                append_jsonl(folder / f"{record['mode']}{rank}.jsonl",
-                             [{**record, "question": digests[record["id"]], **stamp}])
-                verdicts.append(record["correct"])
-                bar.set_postfix_str(f"{100 * mean(verdicts):.1f} % right")
-                bar.update()
-        state.wait_for_everyone()
-    return conclude(name, path, questions, folder, args.strict) if state.is_main_process else {}
+def give_answers(name, path, questions, folder, model, tokenizer, image_processor, args, state):
+    """Ask what is missing in FOLDER/MODE.jsonl -> the modes asked for."""
+    modes = choose_modes(args.modes, tokenizer)
+    known, digests = ({q["id"]: value(q) for q in questions} for value in (dict, question_digest))
+    stamp = {"fingerprint": fingerprint(model, image_processor), "dtype": args.dtype,
+             "max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
+             "seed": args.seed if args.temperature else None}
+
+    def expected(record, mode):
+        """What an answer has to have to count; that of a mode not asked for now, only the same model."""
+        found = {"mode": mode, **(stamp if mode in modes else {"fingerprint": stamp["fingerprint"]})}
+        if record["id"] in known:
+            found["question"] = digests[record["id"]]
+            if mode in modes:
+                found["prompt"] = prompt_text(known[record["id"]], mode, tokenizer)
+        return found
+
+    if state.is_main_process:
+        for mode in MODES:
+            keep(folder / f"{mode}.jsonl", lambda record: expected(record, mode))
+    state.wait_for_everyone()
+    done = {mode: {r["id"] for r in read_results(folder / f"{mode}.jsonl")} for mode in modes}
+    share = questions[state.process_index::state.num_processes]
+    todo = {mode: [q for q in share if q["id"] not in done[mode]] for mode in modes}
+    state.wait_for_everyone()  # all have read before one writes
+    answers = answer_questions(model, tokenizer, image_processor, todo, args.batch_size, args.max_new_tokens,
+                               args.temperature, args.seed, args.strict)
+    rank = f".rank{state.process_index}" if state.process_index else ""
+    verdicts = []
+    with tqdm(answers, f"{name} on {path}", sum(map(len, todo.values())),
+              disable=not state.is_main_process) as bar:
+        for record in bar:
+            append_jsonl(folder / f"{record['mode']}{rank}.jsonl",
+                         [{**record, "question": digests[record["id"]], **stamp}])
+            verdicts.append(record["correct"])
+            bar.set_postfix_str(f"{100 * mean(verdicts):.1f} % right", refresh=False)
+    state.wait_for_everyone()
+    return modes
 
 
 def conclude(name, path, questions, folder, strict):
-    """The kept answers of all modes, graded -> summary.json, summary.md, report.html, and {mode: records}."""
-    answers, asked = {}, {q["id"]: q for q in questions}
+    """All modes' kept answers, graded anew -> summary.json, summary.md, report.html, and {mode: records}."""
+    answers, asked = {}, {q["id"] for q in questions}
     for mode in MODES:
-        records = [graded(record, strict) for record in collect(folder / f"{mode}.jsonl").values()]
-        if other := [r for r in records if r["mode"] != mode]:
-            fail(f"{folder}/{mode}.jsonl has answers of mode {other[0]['mode']}; move it away, or rename it")
-        if records:
-            store(folder / f"{mode}.jsonl", records)
-            answers[mode] = sorted((r for r in records if r["id"] in asked), key=lambda r: r["id"])
-    answers = {mode: records for mode, records in answers.items() if records}
-    if not answers:
+        file = folder / f"{mode}.jsonl"
+        keep(file, lambda record: {"mode": mode})
+        if records := [graded(record, strict) for record in collect(file)]:
+            store(file, records)
+            answers[mode] = [r for r in records if r["id"] in asked]
+    if not any(answers.values()):
         fail(f"{folder} has no kept answers to these questions; start without --regrade")
+    answers = {mode: records for mode, records in answers.items() if records}
     summaries = {mode: summarise(records) for mode, records in answers.items()}
     title = f"{name} on {path}" + ", graded as in training" * strict
     (folder / "summary.json").write_text(json.dumps(
-        {mode: {"scores": {key: value._asdict() for key, value in summary["scores"].items()},
-                "rates": summary["rates"]} for mode, summary in summaries.items()}, indent=1))
-    (folder / "summary.md").write_text(f"# {title}\n\n{markdown(score_rows(summaries))}\n"
-                                       f"{markdown(rate_rows(summaries))}")
+        {mode: summary | {"scores": {key: score._asdict() for key, score in summary["scores"].items()}}
+         for mode, summary in summaries.items()}, indent=1))
+    tables = score_rows(summaries), rate_rows(summaries)
+    (folder / "summary.md").write_text("\n".join([f"# {title}\n", *map(markdown, tables)]))
     write_report(folder / "report.html", title, answers, questions)
     for mode, summary in summaries.items():
         missing = len(questions) - len(answers[mode])
-        print(f"{title}, {mode}" + f" ({missing} questions not answered yet)" * bool(missing))
+        print(f"{title}, {mode}" + f", {missing} questions not answered yet" * bool(missing))
         print(text_table(summary))
     print(f"    every answer, summary.md and report.html: {folder}\n")
     return answers
@@ -866,7 +736,7 @@ def ask(args, device):
 
 def stream(model, tokenizer, prompt, temperature, top_p, max_new_tokens, seed=0):
     """transformers' own `generate` on a Prompt, printed as it comes -> ids of the completion (C,)"""
-    model.generation_config = transformers.GenerationConfig()  # the published one has temperature 0.01, top_k 1
+    model.generation_config = transformers.GenerationConfig()  # the published one: temperature 0.01, top_k 1
     inputs = dict(input_ids=prompt.input_ids, attention_mask=torch.ones_like(prompt.input_ids),
                   mm_token_type_ids=(prompt.input_ids == model.config.image_token_id).int())
     if prompt.pixel_values is not None:
@@ -877,7 +747,8 @@ def stream(model, tokenizer, prompt, temperature, top_p, max_new_tokens, seed=0)
     ids = model.generate(**inputs, **drawn, max_new_tokens=max_new_tokens, eos_token_id=eos_ids,
                          pad_token_id=eos_ids[0],
                          suppress_tokens=suppressed_tokens(model, tokenizer).nonzero()[:, 0].tolist(),
-                         streamer=transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True))
+                         streamer=transformers.TextStreamer(tokenizer, skip_prompt=True,
+                                                            skip_special_tokens=True))
     return ids[0, prompt.input_ids.shape[1]:]
 
 

@@ -468,7 +468,7 @@ def choose(answer, options, strict=True):
 
     >>> choose("So it is left.", ["right", "left"]), choose("So it is left.", ["right", "left"], strict=False)
     (None, 'left')
-    >>> [choose(text, ["2", "3"], strict=False) for text in ("Three chairs.", "The answer is B", "(A) or (B)")]
+    >>> [choose(text, ["2", "3"], strict=False) for text in ("Three.", "The answer is B", "(A) or (B)")]
     ['3', '3', None]
     """
     if answer is None:
