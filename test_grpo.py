@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
+from html.parser import HTMLParser
 from pathlib import Path
 
 SCRATCH = tempfile.TemporaryDirectory()  # set before the imports below, which read these:
@@ -38,6 +39,7 @@ from transformers.cache_utils import Cache
 import eval_cvbench
 import grpo_vision as g
 import prepare_sat
+import scores
 
 torch.set_num_threads(1)
 
@@ -217,23 +219,38 @@ def sat(tmp_path_factory):
     return folder
 
 
+def turned(image):
+    """As a camera stores it that was held upright: sideways, with the EXIF tag that says so -> JPEG"""
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 6  # to be turned 90 degrees clockwise
+    image.transpose(Image.Transpose.ROTATE_90).save(buffer, "JPEG", exif=exif, quality=95)
+    return buffer.getvalue()
+
+
+CVBENCH_TEXT = "How many chairs are in the image? Select from the following choices."
+
+
 @pytest.fixture(scope="session")
 def cvbench(tmp_path_factory):
-    """A folder with files of CV-Bench's schema."""
+    """A folder with files of CV-Bench's schema: 2 to 6 choices, images of every kind; all answers are 4."""
     folder = tmp_path_factory.mktemp("cvbench")
     text, integer = datasets.Value("string"), datasets.Value("int64")
     features = datasets.Features(dict(
         idx=integer, type=text, task=text, image=datasets.Image(), question=text, choices=datasets.List(text),
         answer=text, prompt=text, filename=text, source=text, source_dataset=text, source_filename=text,
         target_class=text, target_size=integer, bbox=datasets.List(datasets.List(datasets.Value("float64")))))
-    question = "How many chairs are in the image?"
+    images = iter([encoded(picture(56, 84)), *(encoded(picture(84, 56 + 28 * i, seed=i).convert(mode), "PNG")
+                                               for i, mode in enumerate(("RGBA", "L", "P"))),
+                   turned(picture(56, 112, seed=4))])
     for kind, tasks in ("2D", [("Count", "ADE20K"), ("Relation", "COCO"), ("Count", "COCO")]), (
             "3D", [("Depth", "Omni3D"), ("Distance", "Omni3D")]):
-        rows = [dict(dict.fromkeys(features), idx=i, type=kind, task=task, source=source, question=question,
-                     image={"bytes": encoded(picture(56 + 28 * i, 84, seed=i), "PNG"), "path": None},
-                     choices=["3", "4"], answer="(B)", filename=f"{i}.png",
-                     prompt=f"{question} Select from the following choices.\n(A) 3\n(B) 4")
-                for i, (task, source) in enumerate(tasks)]
+        rows = []
+        for i, (task, source) in enumerate(tasks):
+            choices = "3 4 1 2 0 5".split()[:[2, 3, 6][i] if kind == "2D" else 4 + i]
+            lines = "".join(f"\n({'ABCDEF'[j]}) {choice}" for j, choice in enumerate(choices))
+            rows.append(dict(dict.fromkeys(features), idx=i, type=kind, task=task, source=source,
+                             question=CVBENCH_TEXT[:34], image={"bytes": next(images), "path": None},
+                             choices=choices, answer="(B)", filename=f"{i}.png", prompt=CVBENCH_TEXT + lines))
         datasets.Dataset.from_list(rows, features).to_parquet(folder / f"test_{kind.lower()}.parquet")
     return folder
 
@@ -1095,57 +1112,423 @@ def test_learning_follows_the_advantages(sign, steps, train, model_dir, tmp_path
 
 # ---- Evaluation ------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("mode", [[], ["--no_reasoning"]])
-def test_evaluation_of_cvbench_files(mode, cvbench, model_dir, tmp_path, capsys):
-    eval_cvbench.main(f"""--model {model_dir} --data {cvbench} --max_new_tokens 6 --batch_size 2
-        --output_dir {tmp_path}""".split() + mode)
-    printed = capsys.readouterr().out
-    assert all(word in printed for word in "Count Relation Depth Distance total official unparsed".split())
-    records = sorted(jsonl(next(tmp_path.rglob("*.jsonl"))), key=lambda r: r["id"])
-    assert [(r["id"], r["answer"]) for r in records] == [(i, "4") for i in range(5)]
-    question = "How many chairs are in the image? Select from the following choices.\n(A) 3\n(B) 4"
-    template = g.TEMPLATES["base-direct" if mode else "base"]
-    for r in records:
-        assert r["prompt"] == g.IMAGE_TOKENS + template.format(question=question)
-        assert set("task source options extracted correct length finished parsed".split()) <= r.keys()
-        assert r["completion"].startswith("<think>") != bool(mode)
+ROLES = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}" \
+        "{{ '<|im_start|>assistant\\n' }}"
 
 
-def test_batched_answers_are_those_of_one_at_a_time(cvbench, model, processors):
-    questions = eval_cvbench.load_benchmark(str(cvbench))
-    one, three, all_at_once = (list(eval_cvbench.answer_questions(model, *processors, questions, batch_size=n,
-                                                                  max_new_tokens=10)) for n in (1, 3, 32))
-    assert one == three == all_at_once and len({r["completion"] for r in one}) > 1
+@pytest.fixture(scope="session")
+def instruct_dir(model_dir, tmp_path_factory):
+    """The small model with a chat template that tells user from assistant."""
+    folder = tmp_path_factory.mktemp("model") / "instruct"
+    shutil.copytree(model_dir, folder)
+    (folder / "chat_template.jinja").write_text(ROLES)
+    return str(folder)
 
 
-def test_held_out_training_questions_are_asked_as_in_training(sat):
+@pytest.fixture(scope="session")
+def evaluate(model_dir, cvbench):
+    """evaluate(output_dir, *flags): the small model on the small CV-Bench -> folder with the results"""
+    def run(output_dir, *flags, model=model_dir):
+        eval_cvbench.main(["--model", model, "--data", str(cvbench), "--output_dir", str(output_dir),
+                           *"--max_new_tokens 6 --batch_size 2".split(), *map(str, flags)])
+        return next(Path(output_dir).glob("*/*"))
+    return run
+
+
+@pytest.fixture(scope="session")
+def evaluated(evaluate, tmp_path_factory):
+    return evaluate(tmp_path_factory.mktemp("results"), "--modes", "all")
+
+
+def test_all_modes_are_asked_in_the_papers_words(evaluate, evaluated, instruct_dir, tmp_path, capsys):
+    lines = lambda n: "".join(f"\n({'ABCDEF'[j]}) {choice}" for j, choice in enumerate("341205"[:n]))
+    user = lambda text: "<|im_start|>user\n" + g.IMAGE_TOKENS + text + "<|im_end|>\n<|im_start|>assistant\n"
+    expected = {
+        "base-reasoning": lambda q: g.IMAGE_TOKENS + g.BASE_PROMPT.format(question=q),
+        "base-direct": lambda q: g.IMAGE_TOKENS + "A conversation between User and Assistant. The user asks a "
+            f"question about the image, and the Assistant solves it.\nUser: {q} \nAssistant: ",
+        "instruct-reasoning": lambda q: user(q + "\nOutput the thinking process in <think> </think> and final "
+                                                 "answer in <answer> </answer> tags."),
+        "instruct-direct": user}
+    folder = evaluate(tmp_path, "--modes", "all", model=instruct_dir)
+    printed = capsys.readouterr()
+    assert "warning" in printed.err and "2 of Count, not 788" in printed.err
+    for word in "Count Relation Depth Distance ADE20K COCO Omni3D total 2D 3D official unparsed".split():
+        assert word in printed.out
+    for folder, modes in (folder, expected), (evaluated, list(expected)[:2]):
+        assert {path.name for path in folder.iterdir()} == {
+            "summary.json", "summary.md", "report.html", *(f"{mode}.jsonl" for mode in modes)}
+        for mode in modes:
+            records = jsonl(folder / f"{mode}.jsonl")
+            assert [(r["id"], r["answer"], len(r["options"])) for r in records] == [
+                (0, "4", 2), (1, "4", 3), (2, "4", 6), (3, "4", 4), (4, "4", 5)]
+            assert [r["prompt"] for r in records] == [
+                expected[mode](CVBENCH_TEXT + lines(len(r["options"]))) for r in records]
+            assert all(r["completion"].startswith("<think>") == (mode == "base-reasoning") for r in records)
+        assert list(json.loads((folder / "summary.json").read_text())) == list(modes)
+
+
+def test_held_out_questions_are_asked_as_in_training(sat, instruct_dir):
     rows = datasets.Dataset.from_parquet(str(sat / "train.parquet"))
-    questions = eval_cvbench.load_benchmark(str(sat / "train.parquet"))
+    questions, tokenizer = eval_cvbench.load_benchmark(str(sat / "train.parquet")), g.load_processors(instruct_dir)[0]
     for q, row in zip(questions, rows, strict=True):
-        assert g.render(q["text"], len(row["images"]), "base", None) == g.row_text(row, "base", None)
+        for template in "base", "instruct":
+            asked = eval_cvbench.prompt_text(q, f"{template}-reasoning", tokenizer)
+            assert asked == g.row_text(row, template, tokenizer)
         assert (q["answer"], q["options"]) == (row["answer"], row["options"])
 
 
+def test_images_are_seen_upright_and_transparency_is_white():
+    image = Image.new("RGB", (40, 24), "red")
+    image.paste("blue", (0, 0, 20, 12))
+    near = lambda one, other: max(abs(a - b) for a, b in zip(one, other)) < 40
+    corners = lambda x: [x.getpixel((2, 2)), x.getpixel((x.width - 3, 2)), x.getpixel((2, x.height - 3))]
+    stored = Image.open(io.BytesIO(turned(image)))
+    seen = eval_cvbench.upright(stored)
+    assert stored.size == (24, 40) and seen.size == image.size and seen.mode == "RGB"
+    assert all(map(near, corners(seen), corners(image)))
+    assert not all(map(near, corners(stored.rotate(180)), corners(image)))
+    clear = image.convert("RGBA")
+    clear.putalpha(Image.new("L", image.size, 0))
+    assert eval_cvbench.upright(clear).getpixel((2, 2)) == (255, 255, 255) != clear.convert("RGB").getpixel((2, 2))
+    for mode in "L", "P", "LA", "RGBA", "1", "CMYK":
+        assert near(eval_cvbench.upright(image.convert(mode)).getpixel((30, 20)),
+                    image.convert(mode).convert("RGB").getpixel((30, 20)))
+
+
+def test_batched_answers_are_those_of_one_at_a_time_and_of_generate(cvbench, model, stock, processors, suppressed):
+    questions = eval_cvbench.load_benchmark(str(cvbench))
+    todo, tokenizer = {"base-direct": questions[1:], "base-reasoning": questions}, processors[0]
+    one, three, all_at_once = (sorted(eval_cvbench.answer_questions(
+        model, *processors, todo, batch_size=n, max_new_tokens=10), key=lambda r: (r["mode"], r["id"]))
+        for n in (1, 3, 32))
+    assert one == three == all_at_once and len({r["completion"] for r in one}) > 4 and len(one) == 9
+    for r in one:
+        images = [eval_cvbench.upright(g.open_image(image, "")) for image in questions[r["id"]]["images"]]
+        prompt = g.build_prompt(r["prompt"], images, *processors, model)
+        ids = stock.generate(**inputs_of(stock, prompt), do_sample=False, max_new_tokens=10,
+                             suppress_tokens=suppressed.nonzero()[:, 0].tolist(),
+                             eos_token_id=g.end_tokens(tokenizer))[0, prompt.input_ids.shape[1]:]
+        assert r["completion"] == g.completion_text(r["prompt"], ids, tokenizer) and r["length"] == len(ids)
+
+
+def test_an_image_is_encoded_once_for_all_modes(cvbench, model, processors, monkeypatch):
+    questions, calls = eval_cvbench.load_benchmark(str(cvbench)), Counter()
+    for name, part in ("tower", model.model.visual), ("decoder", model.model.language_model):
+        monkeypatch.setattr(part, "forward", lambda *a, name=name, do=part.forward, **k: (
+            calls.update([name]), do(*a, **k))[1])
+    def ask(modes):
+        calls.clear()
+        list(eval_cvbench.answer_questions(model, *processors, {mode: questions for mode in modes},
+                                           batch_size=2, max_new_tokens=1))
+        return calls["tower"], calls["decoder"]
+    assert ask(["base-direct"]) == (5, 5 + 3) and ask(["base-direct", "base-reasoning"]) == (5, 2 * (5 + 3))
+
+
+def test_streamed_greedy_answers_are_the_sampled_ones(model, processors, prompts, suppressed, capsys):
+    model, eos_ids = copy.deepcopy(model), g.end_tokens(processors[0])
+    for prompt in prompts:
+        ids = eval_cvbench.stream(model, processors[0], prompt, 0, 0.95, 12)
+        ours = g.sample(model, [prompt], 1, 12, 0, suppressed, eos_ids).completion_ids[0]
+        assert ids.tolist() == ours.tolist()
+        assert capsys.readouterr().out.strip() == processors[0].decode(ids, skip_special_tokens=True).strip()
+    drawn = [eval_cvbench.stream(model, processors[0], prompt, 0.6, 0.95, 12, seed).tolist() for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]  # the model's own generation_config has top_k 1
+
+
+def test_ask_prints_the_answer(model_dir, tmp_path, capsys):
+    picture(84, 56).save(tmp_path / "a.png")
+    flags = ["--model", model_dir, "--ask", "Which?", "--max_new_tokens", "5", "--image"]
+    eval_cvbench.main([*flags, str(tmp_path / "a.png"), str(tmp_path / "a.png")])
+    assert re.fullmatch(r"<think>.+\n\(cut off: .*\)\n\(no answer block\)\n", capsys.readouterr().out, re.DOTALL)
+    with stops("none.png"):
+        eval_cvbench.main([*flags, "none.png"])
+
+
+# answers to 2 + 4 + 5 questions, by hand
+HAND = {"ADE20K": [1, 0], "COCO": [1, 1, 1, 0], "Omni3D": [1, 0, 0, 0, 0]}
+
+
+def graded(verdicts, options=2):
+    """{source: [right or not]} -> records"""
+    return [{"task": "Depth" if source == "Omni3D" else "Count", "source": source, "correct": bool(right),
+             "options": list("abcdefg")[:options if source == "Omni3D" else 4], "chosen": "a" if right else None,
+             "extracted": "(A)" if right else "wait, a", "completion": "<answer>wait</answer>" if right else "",
+             "length": 10 + right, "finished": source != "COCO"}
+            for source, rights in verdicts.items() for right in rights]
+
+
 def test_scores_by_hand():
-    verdicts = {"ADE20K": [1, 0], "COCO": [1, 1, 1, 0], "Omni3D": [1, 0, 0, 0, 0]}
-    records = [{"task": "Depth" if source == "Omni3D" else "Count", "source": source, "correct": bool(right),
-                "parsed": source != "COCO", "length": 10 + right}
-               for source, rights in verdicts.items() for right in rights]
-    summary = eval_cvbench.summarise(records)
-    shares = [summary[name][0] for name in ("total", "Count", "Depth")]
-    assert shares == pytest.approx([500 / 11, 400 / 6, 20])
-    assert summary["official"] == pytest.approx(100 * ((1 / 2 + 3 / 4) / 2 + 1 / 5) / 2)
-    assert (summary["unparsed"], summary["mean_length"]) == pytest.approx((400 / 11, 10 + 5 / 11))
+    summary = scores.summarise(graded(HAND))
+    value = {name: s.value for name, s in summary["scores"].items()}
+    official = 100 * ((1 / 2 + 3 / 4) / 2 + 1 / 5) / 2
+    assert value == pytest.approx({"Count": 400 / 6, "Depth": 20, "ADE20K": 50, "COCO": 75, "Omni3D": 20,
+                                   "total": 500 / 11, "2D": 62.5, "3D": 20, "official": official})
+    assert abs(value["official"] - value["total"]) > 4  # the two are not one number
+    some = summary["scores"]
+    assert some["total"].error == pytest.approx(100 * (5 / 11 * 6 / 11 / 11) ** 0.5)
+    assert some["2D"].error == pytest.approx(100 * ((1 / 4 / 2 + 3 / 16 / 4) / 4) ** 0.5)
+    assert [some[name].chance for name in ("Count", "Depth", "2D", "official")] == [25, 50, 25, 37.5]
+    assert some["total"].chance == pytest.approx(100 * (6 / 4 + 5 / 2) / 11)
+    rates = dict(zip("unparsed truncated letters block reflection length".split(), summary["rates"].values()))
+    assert rates == pytest.approx(dict(unparsed=600 / 11, truncated=400 / 11, letters=500 / 11, block=500 / 11,
+                                       reflection=500 / 11, length=10 + 5 / 11))
+    eight = scores.score([(1, [{"correct": i < 8, "options": "ab"} for i in range(10)])])
+    assert (eight.low, eight.high) == pytest.approx((49.02, 94.33), abs=0.01)  # Wilson's interval of 8 in 10
+    none = scores.score([(1, [{"correct": False, "options": "ab"}] * 10)])
+    assert none.low == pytest.approx(0) and none.high == pytest.approx(27.75, abs=0.01)
 
 
-def test_evaluation_data_with_faults_stops(cvbench, tmp_path):
-    table, answers = pq.read_table(cvbench / "test_2d.parquet"), pa.array(["(B)", "(F)", "(A)"])
+def quantiles(values):
+    values = sorted(values)
+    return [values[int(share * len(values))] for share in (0.025, 0.975)]
+
+
+def test_intervals_are_those_of_a_bootstrap():
+    rng = random.Random(0)
+    verdicts = {name: [rng.random() < p for _ in range(n)]
+                for name, n, p in (("ADE20K", 150, 0.9), ("COCO", 200, 0.8), ("Omni3D", 300, 0.2))}
+    found = scores.summarise(graded(verdicts))["scores"]
+    mean = lambda some: sum(some) / len(some)
+    again = [{name: rng.choices(some, k=len(some)) for name, some in verdicts.items()} for _ in range(4000)]
+    official = [100 * ((mean(x["ADE20K"]) + mean(x["COCO"])) / 2 + mean(x["Omni3D"])) / 2 for x in again]
+    assert [found["official"].low, found["official"].high] == pytest.approx(quantiles(official), abs=0.6)
+    assert found["official"].error == pytest.approx((mean([x**2 for x in official]) - mean(official)**2) ** 0.5,
+                                                    rel=0.05)
+    total = [100 * mean(rng.choices(sum(verdicts.values(), []), k=650)) for _ in range(4000)]
+    assert [found["total"].low, found["total"].high] == pytest.approx(quantiles(total), abs=0.6)
+    assert abs(found["total"].low - quantiles(official)[0]) > 1  # the control: it is not any interval
+
+
+def test_paired_difference_against_all_permutations_and_a_bootstrap():
+    rng = random.Random(1)
+    pairs = [{"correct": a, "other": b} for a, b in
+             [(True, True)] * 6 + [(False, False)] * 4 + [(True, False)] * 3 + [(False, True)] * 9]
+    d, low, high, p = scores.difference([(1, pairs)])
+    assert d == pytest.approx(100 * 6 / 22)
+    gains = [x["other"] - x["correct"] for x in pairs if x["other"] != x["correct"]]
+    sums = [abs(sum(map(lambda sign, gain: sign * gain, signs, gains)))
+            for signs in itertools.product((1, -1), repeat=12)]
+    assert p == pytest.approx(sum(s >= 6 for s in sums) / 2**12)
+    assert scores.difference([(1, pairs[:10])])[3] == 1  # nobody was better anywhere
+    swapped = scores.difference([(1, [{"correct": x["other"], "other": x["correct"]} for x in pairs])])
+    assert swapped == pytest.approx((-d, -high, -low, p))
+    many = pairs * 20 + [{"correct": right, "other": right} for right in (True, False)] * 440
+    d, low, high, _ = scores.difference([(1, many)])
+    again = [100 * sum(x["other"] - x["correct"] for x in rng.choices(many, k=1320)) / 1320 for _ in range(2000)]
+    assert [low, high] == pytest.approx(quantiles(again), abs=0.4)
+    shares = [sum(x[name] for x in many) / 1320 for name in ("correct", "other")]
+    unpaired = 2 * 196 * (sum(p * (1 - p) for p in shares) / 1320) ** 0.5
+    assert unpaired > 1.5 * (high - low)  # the control: what taking the two for independent would give
+    half = scores.difference([(0.5, many), (0.5, many)])  # of two halves as good: narrower by root 2
+    assert half[0] == pytest.approx(d) and half[2] - half[1] == pytest.approx((high - low) / 2**0.5)
+
+
+def test_the_papers_rows_stand_beside_all_of_cvbench_only():
+    of_each = {("Count", "ADE20K"): 633, ("Count", "COCO"): 155, ("Relation", "COCO"): 650,
+               ("Depth", "Omni3D"): 600, ("Distance", "Omni3D"): 600}
+    records = [{**graded({source: [1]})[0], "task": task} for (task, source), n in of_each.items()
+               for _ in range(n)]
+    for some, there in (records, True), (records[1:], False):
+        table = scores.markdown(scores.score_rows({"base-reasoning": scores.summarise(some)}))
+        assert ("| paper: base + GRPO | 59.64 | 66.76 | 54.16 | 56.66 |  |  |  | 59.47 |" in table) == there
+
+
+def test_a_second_start_asks_what_is_missing(evaluate, evaluated, tmp_path, monkeypatch, capsys):
+    asked = []
+    def sample(model, prompts, *rest, do=g.sample):
+        asked.extend(prompt.text for prompt in prompts)
+        return do(model, prompts, *rest)
+    monkeypatch.setattr(eval_cvbench, "sample", sample)
+    folder = evaluate(tmp_path, "--limit", 2)
+    file, whole = folder / "base-reasoning.jsonl", (evaluated / "base-reasoning.jsonl").read_text()
+    assert len(asked) == 2 and len(file.read_text().splitlines()) == 2
+    evaluate(tmp_path)
+    assert len(asked) == len(set(asked)) == 5 and file.read_text() == whole
+    lines = whole.splitlines(keepends=True)
+    for cut, missing in ("".join(lines[:2]) + lines[2][:40], 3), (lines[4][:-1], 4), ("", 5), (whole, 0):
+        asked.clear()
+        file.write_text(cut)
+        evaluate(tmp_path)
+        assert len(asked) == missing + (cut == lines[4][:-1]) * 0 and file.read_text() == whole
+    file.write_text("".join(lines[:2]))  # another process of a killed run had got further
+    (folder / "base-reasoning.rank1.jsonl").write_text("".join(lines[1:4]) + lines[4][:9])
+    capsys.readouterr(), asked.clear()
+    evaluate(tmp_path)
+    assert len(asked) == 1 and file.read_text() == whole and "cut off" in capsys.readouterr().err
+    assert [path.name for path in folder.glob("*.jsonl")] == ["base-reasoning.jsonl"]
+    file.write_text(lines[0] + "{\n" + lines[1])
+    with stops("line 2", "base-reasoning.jsonl"):
+        evaluate(tmp_path)
+    assert file.read_text() == lines[0] + "{\n" + lines[1]
+
+
+def test_a_killed_run_loses_no_answer(evaluate, evaluated, tmp_path, monkeypatch):
+    for kill_after in 1, 3, 7:
+        with monkeypatch.context() as patch:
+            def append(path, records, left=[kill_after]):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                g.append_jsonl(path, records)
+            patch.setattr(eval_cvbench, "append_jsonl", append)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(tmp_path / str(kill_after), "--modes", "all")
+        folder = next((tmp_path / str(kill_after)).glob("*/*"))
+        kept = sum(len(path.read_text().splitlines()) for path in folder.glob("*.jsonl"))
+        evaluate(tmp_path / str(kill_after), "--modes", "all")
+        assert kept == kill_after
+        for name in "base-direct.jsonl", "base-reasoning.jsonl", "summary.json", "summary.md":
+            same = [(path / name).read_text().replace(str(tmp_path), "") for path in (folder, evaluated)]
+            assert same[0] == same[1]
+
+
+def test_two_processes_give_the_results_of_one(evaluate, evaluated, tmp_path, monkeypatch):
+    launch = [sys.executable, *"-m torch.distributed.run --nproc_per_node 2".split(), eval_cvbench.__file__]
+    monkeypatch.setattr(eval_cvbench, "main", lambda argv: subprocess.run(launch + argv, check=True))
+    folder = evaluate(tmp_path, "--modes", "all")
+    assert {path.name for path in folder.iterdir()} == {path.name for path in evaluated.iterdir()}
+    for name in "base-direct.jsonl", "base-reasoning.jsonl", "summary.json", "summary.md":
+        assert (folder / name).read_text() == (evaluated / name).read_text()
+
+
+@pytest.mark.parametrize("what, flags", [
+    ("fingerprint", []), ("mode", []), ("question", []), ("prompt", []),
+    ("max_new_tokens", ["--max_new_tokens", 5]), ("temperature", ["--temperature", 1])])
+def test_answers_of_another_model_mode_or_setting_are_put_aside(what, flags, evaluate, evaluated, model_dir, tmp_path,
+                                                               capsys):
+    folder = tmp_path / evaluated.relative_to(evaluated.parents[1])
+    shutil.copytree(evaluated, folder)
+    file, other = folder / "base-reasoning.jsonl", model_dir
+    if what == "fingerprint":  # one weight of a retrained model in the same folder
+        other = str(tmp_path / "tiny")
+        shutil.copytree(model_dir, other)
+        weights = load_file(f"{other}/model.safetensors")
+        weights["model.norm.weight"][3] += 1
+        save_file(weights, f"{other}/model.safetensors", metadata={"format": "pt"})
+        folder.parent.rename(tmp_path / eval_cvbench.slug(other))
+        file = tmp_path / eval_cvbench.slug(other) / folder.name / file.name
+    elif what == "mode":
+        shutil.copy(folder / "base-direct.jsonl", file)
+    elif what in ("question", "prompt"):
+        file.write_text(json.dumps({**json.loads(file.read_text().splitlines()[0]), what: "another"}) + "\n")
+    before = file.read_text()
+    evaluate(tmp_path, *flags, model=other)
+    said = capsys.readouterr().err
+    assert "put aside as base-reasoning.old1.jsonl" in said and what in said
+    assert file.with_name("base-reasoning.old1.jsonl").read_text() == before
+    records, old = jsonl(file), jsonl(evaluated / file.name)
+    assert [r["id"] for r in records] == [0, 1, 2, 3, 4] and {r["mode"] for r in records} == {"base-reasoning"}
+    assert (records == old) == (what in ("mode", "question", "prompt"))
+    evaluate(tmp_path, *flags, model=other)  # the third start finds its own
+    assert "put aside" not in capsys.readouterr().err
+
+
+def test_regrading_needs_no_model(evaluate, evaluated, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / evaluated.relative_to(evaluated.parents[1])
+    shutil.copytree(evaluated, folder)
+    file = folder / "base-direct.jsonl"
+    said = ["The answer is (B)", "<answer>4</answer>", "three", "<answer>A</answer> <answer>4.</answer>"]
+    file.write_text("".join(json.dumps({**r, "completion": text, "correct": None, "chosen": "?"}) + "\n"
+                            for r, text in zip(jsonl(file), said)))
+    monkeypatch.setattr(eval_cvbench, "load_model", None)
+    for flags, expected in ([], [True, True, False, True]), (["--strict"], [False, True, False, False]):
+        evaluate(tmp_path, "--regrade", *flags)
+        assert [r["correct"] for r in jsonl(file)] == expected
+        assert json.loads((folder / "summary.json").read_text())["base-direct"]["scores"]["total"]["value"] == (
+            100 * sum(expected) / 4)
+        assert "base-direct, 1 questions not answered yet" in capsys.readouterr().out
+    with stops("no kept answers"):
+        evaluate(tmp_path / "new", "--regrade")
+
+
+def test_compare_takes_two_kept_files(evaluated, tmp_path, capsys):
+    a, b = (str(evaluated / f"base-{mode}.jsonl") for mode in ("direct", "reasoning"))
+    better = [{**r, "correct": r["id"] > 1} for r in jsonl(a, drop="-")]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(r) + "\n" for r in better[1:]))
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps({**r, "question": "?"}) + "\n" for r in better))
+    eval_cvbench.main(["--compare", a, str(tmp_path / "b.jsonl")])
+    printed = capsys.readouterr()
+    line = next(line for line in printed.out.splitlines() if line.startswith("    total"))
+    assert re.search(r"A +0.0 +B +75.0 +B - A \+75.0 .* p = 0.25", line), line
+    assert "1 questions" in printed.err
+    for other, word in (tmp_path / "c.jsonl", "same questions"), (tmp_path / "none", "does not exist"):
+        with stops(word):
+            eval_cvbench.main(["--compare", a, str(other)])
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its tags, in and out, and its text."""
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.tags, self.text = [], Counter(), ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        if tag not in ("meta", "img", "rect", "path", "br"):
+            self.open.append(tag)
+        assert not any(value and value.startswith(("http", "//")) for _, value in attributes)
+
+    def handle_startendtag(self, tag, attributes):
+        self.tags[tag] += 1
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_the_report_is_self_contained_and_shows_markup_as_text(cvbench, evaluated, tmp_path):
+    questions = eval_cvbench.load_benchmark(str(cvbench))
+    evil = "</pre></article><script>alert('x')</script><img src=x onerror=alert(1)> & <b>"
+    kept = {mode: jsonl(evaluated / f"{mode}.jsonl", drop="-") for mode in ("base-direct", "base-reasoning")}
+    for mode, records in kept.items():
+        kept[mode] = [{**r, "completion": evil, "extracted": evil, "options": [*r["options"], evil],
+                       "task": "Count <i>", "chosen": evil if mode == "base-direct" else None} for r in records]
+    eval_cvbench.write_report(tmp_path / "report.html", evil, kept, questions)
+    page = Page((tmp_path / "report.html").read_text())
+    assert page.open == [] and page.tags["article"] == page.tags["img"] == 10
+    assert page.tags["script"] == 1 and not page.tags["b"] - 10 and not page.tags["i"]
+    assert page.text.count(evil) >= 10 + 10 + 5 and "10 of 10" in page.text
+    eval_cvbench.write_report(tmp_path / "small.html", "x", kept, questions, most=2)
+    assert Page((tmp_path / "small.html").read_text()).tags["article"] == 4
+    page = Page((evaluated / "report.html").read_text())
+    assert page.open == [] and page.tags["svg"] == 2 and page.tags["table"] == 2
+
+
+def test_evaluation_data_with_faults_stops(cvbench, evaluate, tmp_path):
+    table = pq.read_table(cvbench / "test_2d.parquet")
+    replace = lambda name, values: table.drop_columns([name]).append_column(name, values)
     pq.write_table(table.drop_columns(["prompt"]), tmp_path / "less.parquet")
-    table = table.drop_columns(["answer"]).append_column("answer", answers)
-    pq.write_table(table, tmp_path / "letter.parquet")
-    for name, word in {"less.parquet": "'prompt'", "letter.parquet": "(F)", "none": "no such"}.items():
+    pq.write_table(replace("answer", pa.array(["(B)", "(D)", "(A)"])), tmp_path / "letter.parquet")
+    pq.write_table(replace("answer", pa.array(["(B)", None, "(A)"])), tmp_path / "null.parquet")
+    for name, word in {"less.parquet": "'prompt'", "letter.parquet": "row 1: '(D)' is none of 3",
+                       "null.parquet": "row 1: None", "none": "no such"}.items():
         with stops(name, word):
             eval_cvbench.load_benchmark(str(tmp_path / name))
+    for broken in NO_JPEG, HALF_A_JPEG:
+        images = [{"bytes": broken if i == 1 else ONE, "path": None} for i in range(3)]
+        pq.write_table(replace("image", pa.array(images)), tmp_path / "image.parquet")
+        with stops("image.parquet, row 1", "image cannot be read"):
+            evaluate(tmp_path / "results", "--data", tmp_path / "image.parquet", "--batch_size", 1)
+    kept = next((tmp_path / "results").rglob("*.jsonl"))  # the answers before the half image
+    assert len(jsonl(kept)) > 0
+    with stops("--modes instruct-direct", "base-reasoning, base-direct"):
+        evaluate(tmp_path, "--modes", "instruct-direct")
+
+
+def test_counts_other_than_the_published_are_said(capsys):
+    tasks = [(task, source) for task, source, n in (
+        ("Count", "ADE20K", 633), ("Count", "COCO", 155), ("Relation", "COCO", 650), ("Depth", "Omni3D", 600),
+        ("Distance", "Omni3D", 600)) for _ in range(n)]
+    questions = [{"task": task, "source": source} for task, source in tasks]
+    eval_cvbench.check_counts("whole", questions)
+    assert capsys.readouterr().err == ""
+    eval_cvbench.check_counts("less", questions[1:])
+    assert capsys.readouterr().err.strip() == ("warning: less is not CV-Bench as published: it has 787 of Count, "
+                                               "not 788; 632 of ADE20K, not 633")
 
 
 # ---- The toy world ---------------------------------------------------------------------------------------
