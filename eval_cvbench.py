@@ -148,7 +148,7 @@ def prompt_text(question, mode, tokenizer):
 
 
 class Processed:
-    """Stands in for the image processor: what it made of a question's images, for the prompts of all modes."""
+    """Stands in for the image processor: what it made of a question's images, for prompts of all modes."""
     def __init__(self, images, image_processor, device):
         self.merge_size = image_processor.merge_size
         self.pixels = image_processor(images=images, return_tensors="pt").to(device) if images else None
@@ -160,8 +160,7 @@ class Processed:
 @contextmanager
 def remembered_images(model, count):
     """Inside, the vision tower's last `count` outputs are kept: the same tensor does not go through it again.
-    It is two thirds of the work of encoding a prompt in the 2B shape. (Base prompts with and without
-    reasoning also share 28 tokens of text; keys and values are not shared.)"""
+    (Modes whose prompts begin alike could share keys and values as well; that is not done.)"""
     model.model.get_image_features = lru_cache(count)(model.model.get_image_features)
     try:
         yield
@@ -243,9 +242,10 @@ def read_results(path):
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
-        except ValueError:
+            records[-1]["id"]
+        except (ValueError, TypeError, KeyError):
             if number < len(lines) or line.endswith("\n"):
-                fail(f"{path}, line {number} is not JSON; repair the file or move it away")
+                fail(f"{path}, line {number} is not a kept answer; repair the file or move it away")
             print(f"{path}: the last line was cut off; its question counts as not asked", file=sys.stderr)
     return records
 
@@ -275,8 +275,8 @@ def keep(file, expected):
                      if not (path := file.with_name(f"{file.stem}.old{n}.jsonl")).exists())
         store(aside, records)
         key, old, new = differ[0]
-        print(f"{file}: put aside as {aside.name}; it has answers with {key} {str(old)[:60]!r}, and now the "
-              f"{key} is {str(new)[:60]!r}", file=sys.stderr)
+        print(f"{file}: put aside as {aside.name}; it has answers with {key} {str(old)[:40]!r}, and now the "
+              f"{key} is {str(new)[:40]!r}", file=sys.stderr)
         records = [r for r in records if all(r.get(key) == value for key, value in expected(r).items())]
     if records or file.exists():
         store(file, records)
@@ -306,8 +306,8 @@ REPORT = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}<
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
 table {{ border-collapse: collapse; font-size: 13px; margin: 1rem 0; display: block; overflow-x: auto }}
-td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
-td:first-child {{ text-align: left }}
+td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd }}
+td:first-child {{ text-align: left; white-space: nowrap }}
 tr:first-child {{ font-weight: 600 }}
 article {{ display: flex; gap: 1rem; border-top: 1px solid #ccc; padding: 1rem 0 }}
 article[hidden] {{ display: none }}
@@ -353,7 +353,7 @@ def write_report(file, title, answers, questions, most=25):
                      for rows in (score_rows(summaries), rate_rows(summaries)))
     tables += "<p>Bars: accuracy with its 95 % interval; dashed: chance.</p>"
     tables += "".join(f"<h3>{mode}</h3>{bars(summary)}" for mode, summary in summaries.items())
-    images, wrong = {q["id"]: q["images"] for q in questions}, defaultdict(list)
+    asked, wrong = {q["id"]: q for q in questions}, defaultdict(list)
     for mode, records in answers.items():
         for r in records:
             if not r["correct"]:
@@ -362,12 +362,12 @@ def write_report(file, title, answers, questions, most=25):
     for (mode, task), records in wrong.items():
         for r in sorted(seeded("report").sample(records, min(most, len(records))), key=lambda r: r["id"]):
             pictures = "".join(f'<img alt="the image" src="{data_url(image, 320)}">'
-                               for image in images[r["id"]])
-            question = r["prompt"].rpartition("<|vision_end|>")[2]
+                               for image in asked[r["id"]]["images"])
             said = html.escape(r["chosen"] or f"no choice: {(r['extracted'] or 'nothing')[:80]}")
             articles.append(
                 f'<article data-task="{html.escape(task)}" data-mode="{mode}"><div>{pictures}</div><div>'
-                f'<b>{html.escape(task)}</b>, question {r["id"]}, {mode}<pre>{html.escape(question)}</pre>'
+                f'<b>{html.escape(task)}</b>, question {r["id"]}, {mode}'
+                f'<pre>{html.escape(asked[r["id"]]["text"])}</pre>'
                 f'Choices: {html.escape(", ".join(r["options"]))}<br>'
                 f'Right: <span class="right">{html.escape(r["answer"])}</span> '
                 f'chosen: <span class="wrong">{said}</span>{"" if r["finished"] else " (cut off)"}'
@@ -582,7 +582,7 @@ def main(argv=None):
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="kept files: how much better is B?")
     parser.add_argument("--ask", metavar="QUESTION", help="a question of your own, to the first --model")
     parser.add_argument("--image", nargs="+", default=[], help="images that --ask is about")
-    parser.add_argument("--top_p", type=float, default=0.95, help="with --ask: draw from the likeliest tokens")
+    parser.add_argument("--top_p", type=float, default=0.95, help="with --ask: of the likeliest tokens")
     args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -41,14 +41,14 @@ def groups(records):
         for key, group in found.items():
             group[record[key]].append(record)
     rank = {name: i for i, name in enumerate(PUBLISHED)}
-    scores = {name: [(1, group[name])] for group in found.values() if len(group) > 1 or group is found["task"]
-              for name in sorted(group, key=lambda name: (rank.get(name, 99), name))}
-    scores["total"] = [(1, list(records))]
-    ade, coco, omni = (found["source"].get(name) for name in ("ADE20K", "COCO", "Omni3D"))
-    if ade and coco and omni:
-        scores |= {"2D": [(1 / 2, ade), (1 / 2, coco)], "3D": [(1, omni)],
-                   "official": [(1 / 4, ade), (1 / 4, coco), (1 / 2, omni)]}
-    return scores
+    tasks, sources = ({name: [(1, group[name])] for name in sorted(group, key=lambda x: (rank.get(x, 99), x))}
+                      for group in found.values())
+    combined = {"total": [(1, list(records))]}
+    if {"ADE20K", "COCO", "Omni3D"} <= sources.keys():
+        ade, coco, omni = (found["source"][name] for name in ("ADE20K", "COCO", "Omni3D"))
+        combined |= {"official": [(1 / 4, ade), (1 / 4, coco), (1 / 2, omni)],
+                     "2D": [(1 / 2, ade), (1 / 2, coco)], "3D": [(1, omni)]}
+    return tasks | combined | (sources if len(sources) > 1 else {})
 
 
 Score = namedtuple("Score", "n value error low high chance")  # all but n in percent

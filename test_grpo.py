@@ -534,13 +534,14 @@ I cannot see the image.                                                        -
 """
 
 
-@pytest.mark.parametrize("line", CASES.splitlines()[1:] + ["" + " " * 79 + "-        -"])
+@pytest.mark.parametrize("line", CASES.splitlines()[1:] + [" " * 79 + "-        -"])  # the last: empty
 def test_the_table_of_cases(line):
     text, options = line[:79].strip(), ["2", "3", "4"]
     for strict, option in (False, line[79:88].strip()), (True, line[88:].strip()):
         said = g.extract_answer(text, strict)
         assert g.choose(said, options, strict) == (None if option == "-" else option)
-        assert [x for x in options if g.grade(said, x, options, strict)] == [x for x in options if x == option]
+        right = [solution for solution in options if g.grade(said, solution, options, strict)]
+        assert right == [solution for solution in options if solution == option]
 
 
 @pytest.mark.parametrize("count", range(2, 7))
@@ -1145,10 +1146,10 @@ def test_all_modes_are_asked_in_the_papers_words(evaluate, evaluated, instruct_d
     user = lambda text: "<|im_start|>user\n" + g.IMAGE_TOKENS + text + "<|im_end|>\n<|im_start|>assistant\n"
     expected = {
         "base-reasoning": lambda q: g.IMAGE_TOKENS + g.BASE_PROMPT.format(question=q),
-        "base-direct": lambda q: g.IMAGE_TOKENS + "A conversation between User and Assistant. The user asks a "
-            f"question about the image, and the Assistant solves it.\nUser: {q} \nAssistant: ",
-        "instruct-reasoning": lambda q: user(q + "\nOutput the thinking process in <think> </think> and final "
-                                                 "answer in <answer> </answer> tags."),
+        "base-direct": lambda q: g.IMAGE_TOKENS + "A conversation between User and Assistant. The user asks "
+            f"a question about the image, and the Assistant solves it.\nUser: {q} \nAssistant: ",
+        "instruct-reasoning": lambda q: user(q + "\nOutput the thinking process in <think> </think> and "
+                                                 "final answer in <answer> </answer> tags."),
         "instruct-direct": user}
     folder = evaluate(tmp_path, "--modes", "all", model=instruct_dir)
     printed = capsys.readouterr()
@@ -1170,7 +1171,8 @@ def test_all_modes_are_asked_in_the_papers_words(evaluate, evaluated, instruct_d
 
 def test_held_out_questions_are_asked_as_in_training(sat, instruct_dir):
     rows = datasets.Dataset.from_parquet(str(sat / "train.parquet"))
-    questions, tokenizer = eval_cvbench.load_benchmark(str(sat / "train.parquet")), g.load_processors(instruct_dir)[0]
+    questions = eval_cvbench.load_benchmark(str(sat / "train.parquet"))
+    tokenizer, _ = g.load_processors(instruct_dir)
     for q, row in zip(questions, rows, strict=True):
         for template in "base", "instruct":
             asked = eval_cvbench.prompt_text(q, f"{template}-reasoning", tokenizer)
@@ -1190,13 +1192,15 @@ def test_images_are_seen_upright_and_transparency_is_white():
     assert not all(map(near, corners(stored.rotate(180)), corners(image)))
     clear = image.convert("RGBA")
     clear.putalpha(Image.new("L", image.size, 0))
-    assert eval_cvbench.upright(clear).getpixel((2, 2)) == (255, 255, 255) != clear.convert("RGB").getpixel((2, 2))
+    assert eval_cvbench.upright(clear).getpixel((2, 2)) == (255, 255, 255)
+    assert clear.convert("RGB").getpixel((2, 2)) != (255, 255, 255)
     for mode in "L", "P", "LA", "RGBA", "1", "CMYK":
         assert near(eval_cvbench.upright(image.convert(mode)).getpixel((30, 20)),
                     image.convert(mode).convert("RGB").getpixel((30, 20)))
 
 
-def test_batched_answers_are_those_of_one_at_a_time_and_of_generate(cvbench, model, stock, processors, suppressed):
+def test_batched_answers_are_those_of_one_at_a_time_and_of_generate(cvbench, model, stock, processors,
+                                                                    suppressed):
     questions = eval_cvbench.load_benchmark(str(cvbench))
     todo, tokenizer = {"base-direct": questions[1:], "base-reasoning": questions}, processors[0]
     one, three, all_at_once = (sorted(eval_cvbench.answer_questions(
@@ -1232,7 +1236,8 @@ def test_streamed_greedy_answers_are_the_sampled_ones(model, processors, prompts
         ours = g.sample(model, [prompt], 1, 12, 0, suppressed, eos_ids).completion_ids[0]
         assert ids.tolist() == ours.tolist()
         assert capsys.readouterr().out.strip() == processors[0].decode(ids, skip_special_tokens=True).strip()
-    drawn = [eval_cvbench.stream(model, processors[0], prompt, 0.6, 0.95, 12, seed).tolist() for seed in (0, 0, 1)]
+    draw = lambda seed: eval_cvbench.stream(model, processors[0], prompts[0], 0.6, 0.95, 12, seed).tolist()
+    drawn = [draw(0), draw(0), draw(1)]
     assert drawn[0] == drawn[1] != drawn[2]  # the model's own generation_config has top_k 1
 
 
@@ -1240,20 +1245,34 @@ def test_ask_prints_the_answer(model_dir, tmp_path, capsys):
     picture(84, 56).save(tmp_path / "a.png")
     flags = ["--model", model_dir, "--ask", "Which?", "--max_new_tokens", "5", "--image"]
     eval_cvbench.main([*flags, str(tmp_path / "a.png"), str(tmp_path / "a.png")])
-    assert re.fullmatch(r"<think>.+\n\(cut off: .*\)\n\(no answer block\)\n", capsys.readouterr().out, re.DOTALL)
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"<think>.+\n\(cut off: .*\)\n\(no answer block\)\n", printed, re.DOTALL)
     with stops("none.png"):
         eval_cvbench.main([*flags, "none.png"])
+
+
+def test_a_served_base_model_gets_the_base_prompt(processors):
+    tokenizer = copy.deepcopy(processors[0])
+    tokenizer.chat_template = (Path(g.__file__).parent / "base_prompt.jinja").read_text()
+    asked = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
+                                                          add_generation_prompt=True)
+    text = {"type": "text", "text": "Which?\n(A) left"}
+    for images in 0, 1:
+        expected = g.render(text["text"], images, "base", None)
+        assert asked([{"type": "image"}] * images + [text]) == expected
+    assert asked(text["text"]) == g.render(text["text"], 0, "base", None)
+    assert g.choose_prompt(tokenizer) == "base"  # or it would be trained and evaluated as an instruct model
 
 
 # answers to 2 + 4 + 5 questions, by hand
 HAND = {"ADE20K": [1, 0], "COCO": [1, 1, 1, 0], "Omni3D": [1, 0, 0, 0, 0]}
 
 
-def graded(verdicts, options=2):
+def graded(verdicts):
     """{source: [right or not]} -> records"""
     return [{"task": "Depth" if source == "Omni3D" else "Count", "source": source, "correct": bool(right),
-             "options": list("abcdefg")[:options if source == "Omni3D" else 4], "chosen": "a" if right else None,
-             "extracted": "(A)" if right else "wait, a", "completion": "<answer>wait</answer>" if right else "",
+             "options": list("abcd")[:2 if source == "Omni3D" else 4], "chosen": "a" if right else None,
+             "extracted": "(A)" if right else "a", "completion": "<answer>wait</answer>" if right else "",
              "length": 10 + right, "finished": source != "COCO"}
             for source, rights in verdicts.items() for right in rights]
 
@@ -1271,8 +1290,9 @@ def test_scores_by_hand():
     assert [some[name].chance for name in ("Count", "Depth", "2D", "official")] == [25, 50, 25, 37.5]
     assert some["total"].chance == pytest.approx(100 * (6 / 4 + 5 / 2) / 11)
     rates = dict(zip("unparsed truncated letters block reflection length".split(), summary["rates"].values()))
-    assert rates == pytest.approx(dict(unparsed=600 / 11, truncated=400 / 11, letters=500 / 11, block=500 / 11,
-                                       reflection=500 / 11, length=10 + 5 / 11))
+    half = 500 / 11
+    assert rates == pytest.approx(dict(unparsed=600 / 11, truncated=400 / 11, letters=100, block=half,
+                                       reflection=half, length=10 + 5 / 11))
     eight = scores.score([(1, [{"correct": i < 8, "options": "ab"} for i in range(10)])])
     assert (eight.low, eight.high) == pytest.approx((49.02, 94.33), abs=0.01)  # Wilson's interval of 8 in 10
     none = scores.score([(1, [{"correct": False, "options": "ab"}] * 10)])
@@ -1293,8 +1313,8 @@ def test_intervals_are_those_of_a_bootstrap():
     again = [{name: rng.choices(some, k=len(some)) for name, some in verdicts.items()} for _ in range(4000)]
     official = [100 * ((mean(x["ADE20K"]) + mean(x["COCO"])) / 2 + mean(x["Omni3D"])) / 2 for x in again]
     assert [found["official"].low, found["official"].high] == pytest.approx(quantiles(official), abs=0.6)
-    assert found["official"].error == pytest.approx((mean([x**2 for x in official]) - mean(official)**2) ** 0.5,
-                                                    rel=0.05)
+    spread = (mean([x**2 for x in official]) - mean(official)**2) ** 0.5
+    assert found["official"].error == pytest.approx(spread, rel=0.05)
     total = [100 * mean(rng.choices(sum(verdicts.values(), []), k=650)) for _ in range(4000)]
     assert [found["total"].low, found["total"].high] == pytest.approx(quantiles(total), abs=0.6)
     assert abs(found["total"].low - quantiles(official)[0]) > 1  # the control: it is not any interval
@@ -1315,7 +1335,8 @@ def test_paired_difference_against_all_permutations_and_a_bootstrap():
     assert swapped == pytest.approx((-d, -high, -low, p))
     many = pairs * 20 + [{"correct": right, "other": right} for right in (True, False)] * 440
     d, low, high, _ = scores.difference([(1, many)])
-    again = [100 * sum(x["other"] - x["correct"] for x in rng.choices(many, k=1320)) / 1320 for _ in range(2000)]
+    gains = [x["other"] - x["correct"] for x in many]
+    again = [100 * sum(rng.choices(gains, k=1320)) / 1320 for _ in range(4000)]
     assert [low, high] == pytest.approx(quantiles(again), abs=0.4)
     shares = [sum(x[name] for x in many) / 1320 for name in ("correct", "other")]
     unpaired = 2 * 196 * (sum(p * (1 - p) for p in shares) / 1320) ** 0.5
@@ -1331,7 +1352,7 @@ def test_the_papers_rows_stand_beside_all_of_cvbench_only():
                for _ in range(n)]
     for some, there in (records, True), (records[1:], False):
         table = scores.markdown(scores.score_rows({"base-reasoning": scores.summarise(some)}))
-        assert ("| paper: base + GRPO | 59.64 | 66.76 | 54.16 | 56.66 |  |  |  | 59.47 |" in table) == there
+        assert ("| paper: base + GRPO | 59.64 | 66.76 | 54.16 | 56.66 | 59.47 |" in table) == there
 
 
 def test_a_second_start_asks_what_is_missing(evaluate, evaluated, tmp_path, monkeypatch, capsys):
@@ -1350,17 +1371,18 @@ def test_a_second_start_asks_what_is_missing(evaluate, evaluated, tmp_path, monk
         asked.clear()
         file.write_text(cut)
         evaluate(tmp_path)
-        assert len(asked) == missing + (cut == lines[4][:-1]) * 0 and file.read_text() == whole
+        assert len(asked) == missing and file.read_text() == whole
     file.write_text("".join(lines[:2]))  # another process of a killed run had got further
     (folder / "base-reasoning.rank1.jsonl").write_text("".join(lines[1:4]) + lines[4][:9])
     capsys.readouterr(), asked.clear()
     evaluate(tmp_path)
     assert len(asked) == 1 and file.read_text() == whole and "cut off" in capsys.readouterr().err
     assert [path.name for path in folder.glob("*.jsonl")] == ["base-reasoning.jsonl"]
-    file.write_text(lines[0] + "{\n" + lines[1])
-    with stops("line 2", "base-reasoning.jsonl"):
-        evaluate(tmp_path)
-    assert file.read_text() == lines[0] + "{\n" + lines[1]
+    for broken in "{\n", "12\n", "{}\n":
+        file.write_text(lines[0] + broken + lines[1])
+        with stops("line 2", "base-reasoning.jsonl"):
+            evaluate(tmp_path)
+        assert file.read_text() == lines[0] + broken + lines[1]
 
 
 def test_a_killed_run_loses_no_answer(evaluate, evaluated, tmp_path, monkeypatch):
@@ -1395,8 +1417,8 @@ def test_two_processes_give_the_results_of_one(evaluate, evaluated, tmp_path, mo
 @pytest.mark.parametrize("what, flags", [
     ("fingerprint", []), ("mode", []), ("question", []), ("prompt", []),
     ("max_new_tokens", ["--max_new_tokens", 5]), ("temperature", ["--temperature", 1])])
-def test_answers_of_another_model_mode_or_setting_are_put_aside(what, flags, evaluate, evaluated, model_dir, tmp_path,
-                                                               capsys):
+def test_answers_of_another_model_mode_or_setting_are_put_aside(what, flags, evaluate, evaluated, model_dir,
+                                                                tmp_path, capsys):
     folder = tmp_path / evaluated.relative_to(evaluated.parents[1])
     shutil.copytree(evaluated, folder)
     file, other = folder / "base-reasoning.jsonl", model_dir
@@ -1418,7 +1440,7 @@ def test_answers_of_another_model_mode_or_setting_are_put_aside(what, flags, eva
     assert "put aside as base-reasoning.old1.jsonl" in said and what in said
     assert file.with_name("base-reasoning.old1.jsonl").read_text() == before
     records, old = jsonl(file), jsonl(evaluated / file.name)
-    assert [r["id"] for r in records] == [0, 1, 2, 3, 4] and {r["mode"] for r in records} == {"base-reasoning"}
+    assert [(r["id"], r["mode"]) for r in records] == [(i, "base-reasoning") for i in range(5)]
     assert (records == old) == (what in ("mode", "question", "prompt"))
     evaluate(tmp_path, *flags, model=other)  # the third start finds its own
     assert "put aside" not in capsys.readouterr().err
@@ -1435,8 +1457,8 @@ def test_regrading_needs_no_model(evaluate, evaluated, tmp_path, monkeypatch, ca
     for flags, expected in ([], [True, True, False, True]), (["--strict"], [False, True, False, False]):
         evaluate(tmp_path, "--regrade", *flags)
         assert [r["correct"] for r in jsonl(file)] == expected
-        assert json.loads((folder / "summary.json").read_text())["base-direct"]["scores"]["total"]["value"] == (
-            100 * sum(expected) / 4)
+        summary = json.loads((folder / "summary.json").read_text())["base-direct"]
+        assert summary["scores"]["total"]["value"] == 100 * sum(expected) / 4
         assert "base-direct, 1 questions not answered yet" in capsys.readouterr().out
     with stops("no kept answers"):
         evaluate(tmp_path / "new", "--regrade")
@@ -1485,8 +1507,9 @@ def test_the_report_is_self_contained_and_shows_markup_as_text(cvbench, evaluate
     evil = "</pre></article><script>alert('x')</script><img src=x onerror=alert(1)> & <b>"
     kept = {mode: jsonl(evaluated / f"{mode}.jsonl", drop="-") for mode in ("base-direct", "base-reasoning")}
     for mode, records in kept.items():
+        chosen = evil if mode == "base-direct" else None
         kept[mode] = [{**r, "completion": evil, "extracted": evil, "options": [*r["options"], evil],
-                       "task": "Count <i>", "chosen": evil if mode == "base-direct" else None} for r in records]
+                       "task": "Count <i>", "chosen": chosen} for r in records]
     eval_cvbench.write_report(tmp_path / "report.html", evil, kept, questions)
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == [] and page.tags["article"] == page.tags["img"] == 10
@@ -1527,8 +1550,8 @@ def test_counts_other_than_the_published_are_said(capsys):
     eval_cvbench.check_counts("whole", questions)
     assert capsys.readouterr().err == ""
     eval_cvbench.check_counts("less", questions[1:])
-    assert capsys.readouterr().err.strip() == ("warning: less is not CV-Bench as published: it has 787 of Count, "
-                                               "not 788; 632 of ADE20K, not 633")
+    assert capsys.readouterr().err == ("warning: less is not CV-Bench as published: it has 787 of Count, not "
+                                       "788; 632 of ADE20K, not 633\n")
 
 
 # ---- The toy world ---------------------------------------------------------------------------------------
