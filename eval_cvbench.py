@@ -580,12 +580,14 @@ def main(argv=None):
     parser.add_argument("--output_dir", default="results", help="where every answer is kept")
     parser.add_argument("--regrade", action="store_true", help="grade kept answers again, without the model")
     parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="kept files: how much better is B?")
-    parser.add_argument("--ask", metavar="QUESTION", help="a question of your own, to the first --model")
+    parser.add_argument("--ask", metavar="QUESTION", help="a question of your own, to the last --model")
     parser.add_argument("--image", nargs="+", default=[], help="images that --ask is about")
     parser.add_argument("--top_p", type=float, default=0.95, help="with --ask: of the likeliest tokens")
     args = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if (args.temperature or 0) < 0 or not 0 < args.top_p <= 1:
+        fail("--temperature must be at least 0, and --top_p above 0 and at most 1")
     if args.compare:
         return compare(args.compare)
     state = PartialState(timeout=timedelta(days=7))  # processes meet at the end only, however slow one is
@@ -639,27 +641,27 @@ def evaluate(name, path, questions, loaded, args, state):
     """
     folder = Path(args.output_dir) / slug(name) / slug(path)
     folder.mkdir(parents=True, exist_ok=True)
-    modes = give_answers(name, path, questions, folder, *loaded, args, state) if loaded else MODES
+    known = {q["id"]: {"question": question_digest(q)} for q in questions}
+    modes = give_answers(name, path, questions, known, folder, *loaded, args, state) if loaded else MODES
     if state.is_main_process:
-        answers = conclude(name, path, questions, folder, args.strict)
+        answers = conclude(name, path, questions, known, folder, args.strict)
         return next(answers[mode] for mode in modes if mode in answers)
 
 
-def give_answers(name, path, questions, folder, model, tokenizer, image_processor, args, state):
-    """Ask what is missing in FOLDER/MODE.jsonl -> the modes asked for."""
-    modes = choose_modes(args.modes, tokenizer)
-    known, digests = ({q["id"]: value(q) for q in questions} for value in (dict, question_digest))
+def give_answers(name, path, questions, known, folder, model, tokenizer, image_processor, args, state):
+    """Ask what is missing in FOLDER/MODE.jsonl -> the modes asked for. known: {question id: its digest}"""
+    modes, by_id = choose_modes(args.modes, tokenizer), {q["id"]: q for q in questions}
     stamp = {"fingerprint": fingerprint(model, image_processor), "dtype": args.dtype,
              "max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
              "seed": args.seed if args.temperature else None}
 
     def expected(record, mode):
         """What an answer has to have to count; that of a mode not asked for now, only the same model."""
-        found = {"mode": mode, **(stamp if mode in modes else {"fingerprint": stamp["fingerprint"]})}
-        if record["id"] in known:
-            found["question"] = digests[record["id"]]
-            if mode in modes:
-                found["prompt"] = prompt_text(known[record["id"]], mode, tokenizer)
+        found = {"mode": mode, "fingerprint": stamp["fingerprint"], **known.get(record["id"], {})}
+        if mode in modes:
+            found |= stamp
+            if record["id"] in known:
+                found["prompt"] = prompt_text(by_id[record["id"]], mode, tokenizer)
         return found
 
     if state.is_main_process:
@@ -678,25 +680,26 @@ def give_answers(name, path, questions, folder, model, tokenizer, image_processo
               disable=not state.is_main_process) as bar:
         for record in bar:
             append_jsonl(folder / f"{record['mode']}{rank}.jsonl",
-                         [{**record, "question": digests[record["id"]], **stamp}])
+                         [{**record, **known[record["id"]], **stamp}])
             verdicts.append(record["correct"])
-            bar.set_postfix_str(f"{100 * mean(verdicts):.1f} % right", refresh=False)
+            bar.set_postfix_str(f"{100 * sum(verdicts) / len(verdicts):.1f} % right", refresh=False)
     state.wait_for_everyone()
     return modes
 
 
-def conclude(name, path, questions, folder, strict):
+def conclude(name, path, questions, known, folder, strict):
     """All modes' kept answers, graded anew -> summary.json, summary.md, report.html, and {mode: records}."""
-    answers, asked = {}, {q["id"] for q in questions}
+    answers = {}
     for mode in MODES:
         file = folder / f"{mode}.jsonl"
-        keep(file, lambda record: {"mode": mode})
-        if records := [graded(record, strict) for record in collect(file)]:
+        keep(file, lambda record: {"mode": mode, **known.get(record["id"], {})})
+        records = [graded(record, strict) for record in collect(file)]
+        if file.exists():
             store(file, records)
-            answers[mode] = [r for r in records if r["id"] in asked]
-    if not any(answers.values()):
+        if some := [r for r in records if r["id"] in known]:
+            answers[mode] = some
+    if not answers:
         fail(f"{folder} has no kept answers to these questions; start without --regrade")
-    answers = {mode: records for mode, records in answers.items() if records}
     summaries = {mode: summarise(records) for mode, records in answers.items()}
     title = f"{name} on {path}" + ", graded as in training" * strict
     (folder / "summary.json").write_text(json.dumps(

@@ -1254,8 +1254,8 @@ def test_ask_prints_the_answer(model_dir, tmp_path, capsys):
 def test_a_served_base_model_gets_the_base_prompt(processors):
     tokenizer = copy.deepcopy(processors[0])
     tokenizer.chat_template = (Path(g.__file__).parent / "base_prompt.jinja").read_text()
-    asked = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False,
-                                                          add_generation_prompt=True)
+    asked = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}],
+                                                          tokenize=False, add_generation_prompt=True)
     text = {"type": "text", "text": "Which?\n(A) left"}
     for images in 0, 1:
         expected = g.render(text["text"], images, "base", None)
@@ -1462,6 +1462,12 @@ def test_regrading_needs_no_model(evaluate, evaluated, tmp_path, monkeypatch, ca
         assert "base-direct, 1 questions not answered yet" in capsys.readouterr().out
     with stops("no kept answers"):
         evaluate(tmp_path / "new", "--regrade")
+    before = file.read_text()
+    shutil.copy(file, folder / "base-reasoning.jsonl")  # answers of one mode in the file of another
+    evaluate(tmp_path, "--regrade")
+    assert "put aside as base-reasoning.old1.jsonl" in capsys.readouterr().err
+    assert (folder / "base-reasoning.old1.jsonl").read_text() == before
+    assert jsonl(folder / "base-reasoning.jsonl") == []
 
 
 def test_compare_takes_two_kept_files(evaluated, tmp_path, capsys):
@@ -1538,8 +1544,10 @@ def test_evaluation_data_with_faults_stops(cvbench, evaluate, tmp_path):
             evaluate(tmp_path / "results", "--data", tmp_path / "image.parquet", "--batch_size", 1)
     kept = next((tmp_path / "results").rglob("*.jsonl"))  # the answers before the half image
     assert len(jsonl(kept)) > 0
-    with stops("--modes instruct-direct", "base-reasoning, base-direct"):
-        evaluate(tmp_path, "--modes", "instruct-direct")
+    for flags, words in {"--modes instruct-direct": "--modes instruct-direct, base-reasoning, base-direct",
+                         "--temperature -1": "--temperature", "--top_p 0": "--top_p"}.items():
+        with stops(*words.split(", ")):
+            evaluate(tmp_path, *flags.split())
 
 
 def test_counts_other_than_the_published_are_said(capsys):
