@@ -147,15 +147,6 @@ def load_sets(paths, limit):
     return {path: load_benchmark(path, limit) for path in paths.split(",")}
 
 
-def track(run, step, model, tokenizer, image_processor, sets, template, max_new_tokens):
-    """Called while training: score the model, greedy, on fixed questions of each set -> RUN/eval.jsonl."""
-    for name, questions in sets.items():
-        answers = answer_questions(model, tokenizer, image_processor, questions, template,
-                                   max_new_tokens=max_new_tokens)
-        records = list(tqdm(answers, f"evaluation on {name}", total=len(questions), leave=False))
-        append_score(run / "eval.jsonl", step, name, records)
-
-
 def show(run, data):
     """Bring RUN/curves.png and RUN/rollouts.html up to date."""
     draw_curves(run)

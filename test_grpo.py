@@ -542,7 +542,7 @@ def test_score_equals_full_sequences_of_the_stock_model(
     for i, group, ids in rows_of(rollout, 3):
         with torch.no_grad():
             expected = alone(stock, prompts[group], ids, suppressed, 0.7)
-            prompt_kv, whole = policy(prompts[group]), torch.ones(1, len(ids)).bool()
+            (prompt_kv, _), whole = policy(prompts[group]), torch.ones(1, len(ids)).bool()
             _, entropy = policy(prompts[group], prompt_kv, ids[None], whole)
         chosen = expected.gather(-1, ids[:, None])[:, 0]
         assert (logps[i, :len(ids)] - chosen).abs().max() < 1e-9
@@ -555,8 +555,8 @@ def test_completions_that_saw_one_another_would_be_found_out(model, prompts, rol
     inputs = torch.cat([prompt.input_ids[:, -1:].expand(2, 1), ids[:, :-1]], 1)
     positions = (torch.arange(ids.shape[1]) + prompt.next_position - 1).expand(3, 1, -1)
     with torch.no_grad():
-        right = policy(prompt, policy(prompt), ids, torch.ones_like(ids).bool())[0][1]
-        cache = Cache(layers=[g.BranchLayer(*kv) for kv in policy(prompt)])
+        right = policy(prompt, policy(prompt)[0], ids, torch.ones_like(ids).bool())[0][1]
+        cache = Cache(layers=[g.BranchLayer(*kv) for kv in policy(prompt)[0]])
         for one in inputs:  # the second behind the first in one cache, but at the right positions
             hidden = model.model(input_ids=one[None], position_ids=positions, past_key_values=cache)[0]
         leaky = g.token_logps(model, hidden[0], 1.0, suppressed).gather(-1, ids[1][:, None])[:, 0]
@@ -577,7 +577,7 @@ def test_the_vision_tower_runs_once_per_group_in_each_pass(model, prompts, rollo
     policy, cfg = g.Policy(model, 1.0, suppressed), g.Config(num_generations=3, score_tokens=9, beta=0.0)
     for run in (lambda: g.sample(model, prompts, 3, 4, 1.0, suppressed, ENDS),
                 lambda: g.score_rollout(policy, prompts, rollout, cfg),
-                lambda: g.update(policy, prompts, rollout, torch.ones(12), None, None, cfg)):
+                lambda: g.update(policy, prompts, rollout, torch.ones(12), torch.ones(12), None, None, cfg)):
         calls.clear()
         run()
         assert len(calls) == 3  # prompts with images, whatever G and the number of chunks
@@ -689,10 +689,11 @@ def test_grpo_loss_is_the_formula_and_adds_up_over_chunks(epsilon, epsilon_high,
     assert sum(parts) == pytest.approx(loss.item(), abs=1e-12)
 
 
-def gradients(model, suppressed, *rest):
+def gradients(model, suppressed, prompts, rollout, advantages, ref, old, cfg):
     """-> log-probs and sums that g.update returns, and the gradient that it leaves, by name."""
     policy = g.Policy(copy.deepcopy(model), 1.0, suppressed)
-    return *g.update(policy, *rest), {name: p.grad for name, p in policy.model.named_parameters()}
+    weights = g.weigh_tokens(rollout.completion_mask.sum(1), rollout.finished, cfg)
+    return *g.update(policy, prompts, rollout, advantages, weights, ref, old, cfg), {name: p.grad for name, p in policy.model.named_parameters()}
 
 
 def test_two_stage_backward_equals_plain_autograd(model, stock, prompts, rollout, suppressed, monkeypatch):
@@ -766,7 +767,7 @@ def test_output_dir_takes_the_next_free_name(tmp_path, monkeypatch):
         g.choose_output_dir(g.parse_config(["--output_dir", "runs/toy"]))
     with stops("runs/toy", "not the folder of a run"):  # --overwrite deletes runs, and nothing else
         g.choose_output_dir(g.parse_config(["--output_dir", "runs/toy", "--overwrite"]))
-    Path("runs/toy/config.json").touch()
+    Path("runs/toy/config.json").write_text("{}")
     for flag in "--resume", "--overwrite":
         assert g.choose_output_dir(g.parse_config(["--output_dir", "runs/toy", flag])) == Path("runs/toy")
 
@@ -820,9 +821,9 @@ def trained(train, cvbench, prompts, tmp_path_factory):
     """-> the folder of a run, evaluated on the way, and the logits that each model had when it was saved."""
     folder, at_save = tmp_path_factory.mktemp("runs") / "sat", {}
 
-    def save_model(path, model, *rest, save=g.save_model, **more):
-        at_save[path.name] = logits_of(model, prompts[2])
-        save(path, model, *rest, **more)
+    def save_model(path, run, *rest, save=g.save_model, **more):
+        at_save[path.name] = logits_of(run.sampler, prompts[2])
+        save(path, run, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(g, "save_model", save_model)
@@ -937,6 +938,90 @@ def test_accelerate_launch_gives_the_same_bits(train, tmp_path, monkeypatch):
         assert jsonl(tmp_path / "python" / file) == jsonl(tmp_path / "launch" / file)
 
 
+# ---- One process or many ---------------------------------------------------------------------------------
+
+# grpo_vision.py in float64, its completions drawn prompt by prompt, so that they are the same however the
+# prompts are shared out; those of one question are much longer. update's results are kept for comparison.
+WORKER = """
+import os, sys, torch
+import grpo_vision as g
+from torch.distributed.tensor import DTensor
+
+load_model, sample, update, folder = g.load_model, g.sample, g.update, sys.argv.pop(1)
+whole = lambda x: x.full_tensor() if isinstance(x, DTensor) else x
+calls = []
+
+def in_double(path, attn_implementation="sdpa", dtype=None):
+    return load_model(path, attn_implementation, torch.float64)
+
+def sample_each(model, prompts, G, C, *rest):
+    found = []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(int(prompt.input_ids.sum()) + len(calls))
+        limit = C if "chairs" in prompt.text else 3
+        found.append(sample(model, [prompt], G, limit, *rest[:-1], generator))
+    pad = lambda name: torch.nn.utils.rnn.pad_sequence(
+        [row for one in found for row in getattr(one, name)], batch_first=True)
+    return g.Rollout(pad("completion_ids"), pad("completion_mask"), pad("sampling_logps"),
+                     torch.cat([one.finished for one in found]))
+
+def update_and_keep(policy, prompts, *rest):
+    logps, sums = update(policy, prompts, *rest)
+    sharded = torch.distributed.get_world_size() > 1
+    assert all(isinstance(x, DTensor) == sharded for x in policy.parameters())
+    calls.append(dict(logps={p.text: part for p, part in zip(prompts, logps.chunk(len(prompts)))},
+                      gradients={name: whole(x.grad).clone() for name, x in policy.named_parameters()}))
+    return logps, sums
+
+g.load_model, g.sample, g.update = in_double, sample_each, update_and_keep
+g.main()
+rank = os.environ["RANK"]
+torch.save(calls, f"{folder}-{rank}.pt")
+"""
+
+
+def launch(processes, script, *flags):
+    """Run a script in so many processes on this machine, as `accelerate launch` does on one with GPUs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+               "--master_port", str(random.randint(20000, 60000)), script, *map(str, flags)]
+    return subprocess.run(command, cwd=Path(g.__file__).parent, text=True, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(g.__file__).parent)})
+
+
+def test_two_processes_with_sharded_weights_equal_one(train, tmp_path, monkeypatch, processors, prompts):
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "mine.py").write_text("def mine(completion, **_):\n    return sum(map(ord, completion)) % 7")
+    flags = f"""--reward_file {tmp_path}/mine.py --rewards accuracy,format,mine --max_completion_length 40
+        --score_tokens 30""".split()
+    for processes in 1, 2:
+        folder = tmp_path / str(processes)
+        with monkeypatch.context() as patch:
+            patch.setattr(g, "main", lambda argv: launch(processes, tmp_path / "worker.py", folder, *argv))
+            done = train(folder, *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("2 x cpu, FSDP2" if processes == 2 else "1 x cpu, no wrapper") in done.stdout
+    one, *two = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    assert len(one) == len(two[0]) == len(two[1]) == 3
+    error = lambda x, y: ((x - y).norm() / y.norm()).item()
+    for step in range(3):
+        assert not two[0][step]["logps"].keys() & two[1][step]["logps"].keys()
+        for text, logps in one[step]["logps"].items():
+            mine = {**two[0][step]["logps"], **two[1][step]["logps"]}[text]
+            C = min(logps.shape[1], mine.shape[1])
+            assert error(mine[:, :C], logps[:, :C]) < 1e-6
+        for name, gradient in one[step]["gradients"].items():
+            assert gradient.norm() > 0 and error(two[0][step]["gradients"][name], gradient) < 1e-6, name
+    one, two = (jsonl(tmp_path / folder / "metrics.jsonl") for folder in "12")
+    assert all(x == pytest.approx(y, rel=1e-6, abs=1e-9) for x, y in zip(one, two, strict=True))
+    lengths = Counter(s["length"] > 3 for s in jsonl(tmp_path / "2/completions.jsonl"))
+    assert min(lengths.values()) > 2  # the processes had unequal numbers of chunks
+    one, two = (Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / folder / "final", dtype=torch.float64)
+                for folder in "12")
+    assert "lm_head.weight" not in load_file(tmp_path / "2/final/model.safetensors")
+    assert all(error(x, y) < 1e-6 for x, y in zip(two.state_dict().values(), one.state_dict().values()))
+    assert (logits_of(one, prompts[2]) - logits_of(two, prompts[2])).abs().max() < 1e-6
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------
 
 def test_missing_paths_stop(train, tmp_path):
@@ -944,7 +1029,7 @@ def test_missing_paths_stop(train, tmp_path):
             "--data", tmp_path / "none"):
         with stops(str(value)):
             train(tmp_path / "run", flag, value)
-    with stops("no checkpoint"):
+    with stops("--resume", "not the folder of a run"):
         train(tmp_path / "run", "--resume")
     assert not (tmp_path / "run").exists()
 
@@ -987,7 +1072,7 @@ def test_long_prompts_are_dropped_and_never_cut(train, sat, model_dir, model, tm
 def test_output_dir_in_use_is_refused_or_overwritten(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").touch()
-    (tmp_path / "run" / "config.json").touch()
+    (tmp_path / "run" / "config.json").write_text("{}")
     with stops("run exists"):
         train(tmp_path / "run")
     with stops("none"):  # an error elsewhere deletes nothing
