@@ -500,18 +500,19 @@ def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature
 
 
 class Policy(nn.Module):
-    """A model behind one door. accelerate wraps this module and its hooks run in `forward` only, so every
-    forward of the trained weights, encoding or scoring, has to come through here."""
-    def __init__(self, model, temperature, suppressed):
+    """A model behind one door. FSDP wraps this module and its hooks run in `forward` only, so every forward
+    of the trained weights, encoding or scoring, has to come through here. autocast: compute in bf16."""
+    def __init__(self, model, temperature, suppressed, autocast=False):
         super().__init__()
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self.autocast = model, temperature, autocast
         self.register_buffer("suppressed", suppressed, persistent=False)
 
     def forward(self, prompt, prompt_kv=None, completion_ids=None, completion_mask=None):
-        if prompt_kv is None:
-            return encode_prompt(self.model, prompt)
-        return score(self.model, prompt, prompt_kv, completion_ids, completion_mask,
-                     self.temperature, self.suppressed)
+        with torch.autocast(self.suppressed.device.type, torch.bfloat16, enabled=self.autocast):
+            if prompt_kv is None:
+                return encode_prompt(self.model, prompt)
+            return score(self.model, prompt, prompt_kv, completion_ids, completion_mask,
+                         self.temperature, self.suppressed)
 
 
 # ---- Step 3: the rewards, pure functions of the text; evaluation uses the same extractor and grader ------
@@ -923,7 +924,14 @@ def append_jsonl(path, records):
 def cut_jsonl(path, step):
     """Drop what came after `step`, and a line that a killed run left half: a resumed run writes it again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+    write_whole(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+
+
+def write_whole(path, text):
+    """The file has the text, or is as it was, whenever the program is killed."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 # ---- One process or many ---------------------------------------------------------------------------------
@@ -945,20 +953,16 @@ def make_accelerator(cfg):
     if cfg.prompts_per_step % accelerator.num_processes:
         fail(f"--prompts_per_step {cfg.prompts_per_step} cannot be shared by {accelerator.num_processes} "
              "processes; choose a multiple of them")
-    accelerator.state.distributed_type = DistributedType.NO  # torchrun with one process would get DDP
     if accelerator.num_processes > 1:
         bf16 = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        bf16 = bf16 if accelerator.mixed_precision == "bf16" else {}
         # set here and not by an argument, which accelerate heeds on GPUs only: a CPU would get DDP
         accelerator.state.distributed_type = DistributedType.FSDP
         accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
             fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
             transformer_cls_names_to_wrap=["Qwen2VLDecoderLayer", "Qwen2VLVisionBlock"],
-            mixed_precision_policy=MixedPrecisionPolicy(**bf16 if computes_in_bf16(accelerator) else {}))
+            mixed_precision_policy=MixedPrecisionPolicy(**bf16))
     return accelerator
-
-
-def computes_in_bf16(accelerator):
-    return accelerator.mixed_precision == "bf16"
 
 
 @torch.no_grad()
@@ -1060,29 +1064,32 @@ def setup(cfg):
         if cfg.freeze == "llm":
             model.lm_head.requires_grad_(False)
     suppressed, eos_ids = suppressed_tokens(model, tokenizer).to(device), end_tokens(tokenizer)
-    plain = lambda source: load_model(source, dtype=torch.bfloat16 if computes_in_bf16(accelerator)
-                                      else torch.float32).to(device).requires_grad_(False)
-    alone = accelerator.num_processes == 1 and not computes_in_bf16(accelerator)
-    sampler = model.to(device) if alone else plain(start)
-    reference = Policy(plain(cfg.model_name_or_path), cfg.temperature, suppressed) if cfg.beta > 0 else None
-    policy = Policy(model.to(device), cfg.temperature, suppressed)
+    bf16, single = accelerator.mixed_precision == "bf16", accelerator.num_processes == 1
+    plain = lambda source: load_model(source, dtype=torch.bfloat16 if bf16 else torch.float32).to(device)
+    sampler = model.to(device) if single and not bf16 else plain(start).requires_grad_(False)
+    reference = None
+    if cfg.beta > 0:
+        reference = Policy(plain(cfg.model_name_or_path).requires_grad_(False), cfg.temperature, suppressed)
+    policy = Policy(model.to(device), cfg.temperature, suppressed, autocast=single and bf16)
     trained = [weight for weight in policy.parameters() if weight.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    sharded = sum(isinstance(weight, DTensor) for weight in policy.parameters())
-    if accelerator.num_processes > 1 and not sharded:
+    if not single:
+        policy, optimizer = accelerator.prepare(policy, optimizer)
+        optimizer = optimizer.optimizer  # itself, which torch.distributed.checkpoint knows
+    sharded = all(isinstance(weight, DTensor) for weight in policy.parameters())
+    if not (single or sharded):
         fail(f"{accelerator.num_processes} processes, but the weights are not sharded; install accelerate in "
              "the version of requirements.txt")
 
     run = Run(cfg, accelerator, output_dir, tokenizer, image_processor, template, data, data_path, kept,
-              policy, sampler, reference, optimizer.optimizer, suppressed, eos_ids, eval_sets)
+              policy, sampler, reference, optimizer, suppressed, eos_ids, eval_sets)
     if rank == 0:
         if cfg.overwrite and not cfg.resume:
             shutil.rmtree(output_dir, ignore_errors=True)
         output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
+        write_whole(output_dir / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2))
         for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):
-            cut_jsonl(output_dir / name, done)
+            cut_jsonl(output_dir / name, done or -1)  # the evaluation before the first step is step 0
     if done:
         load_optimizer(start, run)
     accelerator.project_configuration.set_directories(str(output_dir))
@@ -1092,7 +1099,7 @@ def setup(cfg):
         f"{output_dir}: {count / 1e6:.1f}M parameters, {len(kept)} questions, prompt: {template}, steps "
         f"{done + 1} to {cfg.max_steps}\n{accelerator.num_processes} x {device.type}, "
         f"{'FSDP2' if sharded else 'no wrapper'}, weights float32, computing in "
-        f"{'bf16' if computes_in_bf16(accelerator) else 'float32'}, attention: {cfg.attn_implementation}")
+        f"{'bf16' if bf16 else 'float32'}, attention: {cfg.attn_implementation}")
     return run, done
 
 
@@ -1148,12 +1155,12 @@ def train_step(run, cfg, step):
              for i, (ids, mask) in enumerate(zip(rollout.completion_ids, rollout.completion_mask))]
     clock.append(time.perf_counter())
     # 3. their rewards
-    rewards = compute_rewards(cfg.rewards.split(","), texts, lengths.tolist(),
-                              [row for row in rows for _ in range(G)])                      # each (N,)
-    reward = sum(rewards.values()).to(accelerator.device)                                         # (N,)
-    # 4. their advantages
-    advantages = group_advantages(reward, G, cfg.scale_rewards) if cfg.algorithm == "grpo" else (
-        torch.ones_like(reward))                                                                  # (N,)
+    names = cfg.rewards.split(",") if cfg.algorithm == "grpo" else []
+    rewards = compute_rewards(names, texts, lengths.tolist(), [row for row in rows for _ in range(G)])
+    reward = sum(rewards.values(), torch.zeros(len(texts))).to(accelerator.device)                # (N,)
+    # 4. their advantages; a given completion is simply good
+    advantages = (group_advantages(reward, G, cfg.scale_rewards) if cfg.algorithm == "grpo"
+                  else torch.ones_like(reward))                                                   # (N,)
     # 5. the frozen start's log-probabilities; the policy's own come with the update
     ref_logps = score_rollout(run.reference, prompts, rollout, cfg) if cfg.beta > 0 else None     # (N, C)
     clock.append(time.perf_counter())
