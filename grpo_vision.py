@@ -36,6 +36,7 @@ import shutil
 import signal
 import statistics
 import time
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -1249,6 +1250,7 @@ def main(argv=None):
     import eval_cvbench  # draws and evaluates; it imports this module, so not before this module is whole
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, and meant so
     run, done = setup(parse_config(argv))
     cfg, folder, is_main = run.cfg, run.output_dir, run.accelerator.is_main_process
     if cfg.eval_steps and not done:
