@@ -784,29 +784,193 @@ def test_weights_load_as_float32_and_whole(model_dir, tmp_path):
 
 # ---- Preparation -----------------------------------------------------------------------------------------
 
+def prepared(folder, capsys, *flags):
+    """Run prepare_sat.py -> the rows it wrote, with decoded images, and its counts {verdict: rows}."""
+    prepare_sat.main([*map(str, flags), "--out", str(folder)])
+    printed = re.findall(r"^ *(\d+) (.+)$", capsys.readouterr().out, re.MULTILINE)
+    rows = datasets.Dataset.from_parquet(str(folder / "train.parquet"))
+    return rows, {verdict.removeprefix("skipped: "): int(n) for n, verdict in printed}
+
+
+def sizes(row):
+    return [image.size for image in row["images"]]
+
+
+COLUMNS = ["images", "question", "options", "answer", "question_type", "source_row"]
+
+
 @pytest.mark.parametrize("multi_image, kept", [(False, [0, 5]), (True, [0, 1, 5])])
 def test_sat_rows_are_kept_or_skipped_for_a_reason(multi_image, kept, sat, tmp_path, capsys):
-    prepare_sat.prepare_sat(str(tmp_path), parquet=str(sat / "SAT_train.parquet"), multi_image=multi_image)
-    printed = re.findall(r"^ *(\d+) (.+)$", capsys.readouterr().out, re.MULTILINE)
-    found = [sum(int(n) for n, reason in printed if word in reason)
-             for word in ("kept", "several images", "broken", "not among")]
-    assert found == [len(kept), 3 - len(kept), 2, 1]
-    rows = datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"))
-    assert rows.column_names == ["images", "question", "options", "answer", "question_type", "source_row"]
-    assert rows["source_row"][:] == kept
+    flags = ["--multi_image"] if multi_image else []
+    rows, counts = prepared(tmp_path, capsys, "--parquet", sat / "SAT_train.parquet", *flags)
+    several = {} if multi_image else {"several images (--multi_image keeps them)": 1}
+    assert counts == {"kept": len(kept), "broken image": 2, "answer not among the options": 1, **several}
+    assert rows.column_names == COLUMNS and rows["source_row"][:] == kept
     for row in rows:
         raw = SAT_ROWS[row["source_row"]]
         assert (row["question"], row["answer"]) == (raw["question"], raw["correct_answer"])
         assert sorted(row["options"]) == sorted(raw["answers"])
-        sizes = [Image.open(io.BytesIO(image)).size for image in raw["image_bytes"]]
-        assert [image.size for image in row["images"]] == sizes
+        assert sizes(row) == [Image.open(io.BytesIO(image)).size for image in raw["image_bytes"]]
 
 
-def test_sat_options_are_shuffled_with_a_seed_and_the_limit_counts_kept_rows():
+def test_sats_dynamic_rows_have_their_images_in_order(processors, tmp_path, capsys):
+    types = ["other", "obj_movement", "ego_movement", "action_sequence", "action_consequence", "goal_aim",
+             "perspective"]
+    rows = [dict(image_bytes=images, question=f"What of {kind}?", question_type=kind, correct_answer="left",
+                 answers=["left", "right by 26 degrees"])
+            for kind in types for images in ([ONE], [TWO], [ONE, TWO], [TWO, ONE])]
+    pq.write_table(pa.Table.from_pylist(rows, SAT_SCHEMA), tmp_path / "SAT.parquet")
+    found, counts = prepared(tmp_path, capsys, "--parquet", tmp_path / "SAT.parquet", "--multi_image")
+    assert counts == {"kept": len(rows)} and found["question_type"][:] == [r["question_type"] for r in rows]
+    assert [sizes(row) for row in found] == [[(84, 56)], [(56, 112)], [(84, 56), (56, 112)],
+                                             [(56, 112), (84, 56)]] * len(types)
+    assert g.load_data(g.Config(data=str(tmp_path)), *processors)[2] == list(range(len(rows)))
+
+
+def test_options_are_shuffled_with_a_seed_and_the_limit_counts_kept_rows():
+    columns = prepare_sat.choose_columns("SAT", SAT_SCHEMA.names)
+    parse = lambda row: prepare_sat.parse_row(row, columns, None)
     places = lambda seed: [row["options"].index("3")
-                           for row in prepare_sat.convert([SAT_ROWS[0]] * 100, 100, seed=seed)]
+                           for row in prepare_sat.convert([SAT_ROWS[0]] * 100, parse, seed=seed)]
     assert places(0) == places(0) != places(1) and min(Counter(places(0))[i] for i in range(5)) > 5
-    assert len(list(prepare_sat.convert(SAT_ROWS * 3, 3))) == 3
+    assert len(list(prepare_sat.convert(SAT_ROWS * 3, parse, 3))) == 3
+
+
+CHAIN = "<think>\nTwo legs, \"four\" ...\n</think>\n\n<answer> Final Answer:B </answer>"
+
+
+def chat(question="<image>\nWhich?", completion=CHAIN, image="a.png", user="user", assistant="assistant"):
+    return {"conversations": [{"from": user, "value": question}, {"from": assistant, "value": completion}],
+            "images": [image] if isinstance(image, str) else image}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with a.png, sub/b.jpg, broken.png and a link to a picture outside of it."""
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    for path, data in {"a.png": encoded(picture(56, 84), "PNG"), "sub/b.jpg": ONE, "broken.png": HALF_A_JPEG,
+                       "../secret.png": ONE}.items():
+        (folder / path).write_bytes(data)
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    return folder
+
+
+GOOD_CHATS = [  # row, question, answer
+    (chat(), "Which?", "B"),
+    (chat("Which <image> of\n<image>\nthem?", user="human", assistant="gpt"), "Which of them?", "B"),
+    (chat(image="./sub/../sub/b.jpg"), "Which?", "B"),
+    (chat(completion="<think></think> <answer>two\nchairs</answer>\n"), "Which?", "two\nchairs"),
+    ({"conversations": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": CHAIN}],
+      "image": "a.png"}, "Which?", "B")]  # LLaVA-CoT's half of Vision-R1-cold has `image`
+BAD_CHATS = [
+    ("odd shape", ["no dict", {}, {"conversations": None}, {"conversations": ["Hello", CHAIN]}, None, 3]),
+    ("not one question and one reply",
+     [{"conversations": []}, {"conversations": chat()["conversations"] * 2, "images": ["a.png"]},
+      chat(user="system"), chat(user="assistant", assistant="user"), chat(question=3), chat(user=[]),
+      chat(completion=None)]),
+    ("no <think> ... </think>", [chat(completion="<answer>B</answer>"), chat(completion="<think>B"),
+                                 chat(completion="")]),
+    ("no answer in one <answer> block", [chat(completion="<think>B</think>" + end) for end in (
+        "", "B", "<answer> </answer>", "<answer>A</answer><answer>B</answer>", "<answer>B")]),
+    ("empty answer", [chat(completion="<think></think><answer>Final Answer: </answer>")]),
+    ("text outside <think> and <answer>", [chat(completion="Well. " + CHAIN),
+                                           chat(completion=CHAIN + " Yes.")]),
+    ("broken text", [chat(completion=CHAIN.replace("legs", "\ud83d"))]),
+    ("empty question", [chat("<image>\n ")]),
+    ("no image", [chat(image=[]), chat(image=None)]),
+    ("missing image", [chat(image=name) for name in ("none.png", "sub", "", "nul\0.png", "x" * 5000)]
+     + [chat(image=[3]), chat(image={"path": None})]),
+    ("image outside its folder", [chat(image="../secret.png"), chat(image="/etc/hostname"),
+                                  chat(image="link.png"), chat(image="sub/../../secret.png")]),
+    ("broken image", [chat(image="broken.png")]),
+    ("several images (--multi_image keeps them)", [chat(image=["a.png", "sub/b.jpg"])])]
+
+
+@pytest.mark.parametrize("layout", ["list", "lines"])
+def test_sharegpt_chains_are_kept_or_skipped_for_a_reason(layout, pictures, tmp_path, capsys):
+    rows = [row for row, *_ in GOOD_CHATS] + [row for _, bad in BAD_CHATS for row in bad]
+    file = tmp_path / "chains.json"
+    file.write_text(json.dumps(rows, indent=1) if layout == "list" else "\n\n".join(map(json.dumps, rows)))
+    found, counts = prepared(tmp_path, capsys, "--sharegpt", file, "--image_dir", pictures)
+    assert counts == {"kept": len(GOOD_CHATS), **{reason: len(bad) for reason, bad in BAD_CHATS}}
+    assert found.column_names == [*COLUMNS, "completion"]
+    assert sizes(found[2]) == [(84, 56)] and sizes(found[0]) == [(56, 84)]
+    for row, (_, question, answer) in zip(found, GOOD_CHATS):
+        assert (row["question"], row["answer"], row["options"]) == (question, answer, [])
+    assert found[0]["completion"] == CHAIN and g.format_reward(CHAIN) == 1
+    again, counts = prepared(tmp_path / "again", capsys, "--from", tmp_path / "train.parquet")
+    assert counts == {"kept": len(GOOD_CHATS)} and again.to_list() == found.to_list()
+
+
+def test_sharegpt_images_lie_beside_the_file_and_may_be_several(pictures, capsys):
+    (pictures / "chains.jsonl").write_text(json.dumps(chat(image=["sub/b.jpg", "a.png"])))
+    flags = ["--sharegpt", pictures / "chains.jsonl", "--multi_image"]
+    rows, counts = prepared(pictures / "out", capsys, *flags)
+    assert counts == {"kept": 1} and sizes(rows[0]) == [(84, 56), (56, 84)]
+
+
+OF_IMAGE, OF_BYTES = datasets.Image(), datasets.Value("binary")
+
+
+@pytest.mark.parametrize("kind, value", [
+    (OF_IMAGE, {"bytes": ONE, "path": "gone.jpg"}), (datasets.List(OF_IMAGE), [{"bytes": ONE, "path": None}]),
+    (OF_BYTES, ONE), (datasets.List(OF_BYTES), [ONE]),
+    ({"bytes": OF_BYTES, "path": datasets.Value("string")}, {"bytes": None, "path": "sub/b.jpg"}),
+    (datasets.Value("string"), "sub/b.jpg"), (datasets.List(datasets.Value("string")), ["sub/b.jpg"])],
+    ids=["Image", "Images", "bytes", "list of bytes", "dict", "path", "paths"])
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_images_of_your_own_data_may_have_any_usual_form(kind, value, folder, pictures, tmp_path, capsys):
+    text = datasets.Value("string")
+    features = datasets.Features(image=kind, problem=text, solution=text)
+    rows = [{"image": value, "problem": "<image>Which?", "solution": "this"}] * 3
+    datasets.Dataset.from_list(rows, features).to_parquet(pictures / "train.parquet")
+    if folder:
+        datasets.Dataset.from_list(rows[:1], features).to_parquet(pictures / "train-2.parquet")
+        for other in pictures.glob("*.png"):  # `datasets` takes a folder of mostly pictures for another kind
+            other.unlink()
+    found, counts = prepared(tmp_path / "own", capsys, "--from",
+                             pictures if folder else pictures / "train.parquet")
+    assert counts == {"kept": 3 + folder} and found.column_names == COLUMNS
+    assert all(sizes(row) == [(84, 56)] for row in found)
+    assert found[0]["question"] == "Which?" and found[0]["answer"] == "this" and found[0]["options"] == []
+
+
+@pytest.mark.parametrize("answer, options, means", [
+    ("two", ["one", "two"], "two"), (" two ", ["one ", "two", "two"], "two"),
+    ("B", ["one", "two"], "two"), ("(B)", ["one", "two"], "two"), ("B", ["B", "A"], "B"),
+    (0, ["one", "two"], "one"), (1, ["one", "two"], "two"), (2, ["2", "3", "5"], "2"), (3, [2, 3], "3"),
+    (0.5, [0.5, 1.0], "0.5"), (7, None, "7"), ("B", [], "B"),
+    *((wrong, ["one", "two"], "answer not among the options") for wrong in ("C", 2, -1, "1", True)),
+    ("one", ["one"], "fewer than two options"), ("one", ["", " "], "fewer than two options"),
+    ("one", "one or two", "options are not a list"), ([1], None, "odd shape"), (None, None, "empty answer")])
+def test_answers_of_your_own_data_are_texts_letters_or_indices(answer, options, means, pictures):
+    row = {"img": "a.png", "q": "Which?", "label": answer, "choices": options}
+    columns = prepare_sat.choose_columns("mine", list(row), "images=img,question=q,answer=label")
+    counts = Counter()
+    parse = lambda row: prepare_sat.parse_row(row, columns, pictures)
+    if kept := list(prepare_sat.convert([row], parse, counts=counts)):
+        assert kept[0]["answer"] == means and (not kept[0]["options"] or means in kept[0]["options"])
+    else:
+        assert counts == {"skipped: " + means: 1}
+
+
+def test_your_own_data_trains(pictures, train, processors, tmp_path, capsys):
+    rows = [{"img": "a.png", "q": "Which?", "label": "(B)", "choices": ["this", "that"], "kind": "mine"},
+            {"img": "../secret.png", "q": "Which?", "label": "A", "choices": ["this", "that"]}, "odd",
+            {"img": ["sub/b.jpg", "a.png"], "q": "How many?", "label": 2, "choices": [1, 2], "chain": CHAIN}]
+    (pictures / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = "images=img,question=q,answer=label,question_type=kind"
+    flags = ["--from", pictures / "own.jsonl", "--multi_image", "--columns"]
+    found, counts = prepared(tmp_path / "own", capsys, *flags, columns)
+    assert counts == {"kept": 2, "image outside its folder": 1, "odd shape": 1}
+    assert found["source_row"][:] == [0, 3] and found["answer"][:] == ["that", "2"]
+    assert found["question_type"][:] == ["mine", None]
+    assert g.load_data(g.Config(data=str(tmp_path / "own")), *processors)[2] == [0, 1]
+    train(tmp_path / "run", "--data", tmp_path / "own", "--max_steps", 1)
+    found, counts = prepared(tmp_path / "chains", capsys, *flags, columns + ",completion=chain,options=")
+    assert counts["empty completion"] == 1 and found["options"][:] == [[]] and found["answer"][:] == ["2"]
+    assert found["completion"][:] == [CHAIN]
 
 
 # ---- The main loop ---------------------------------------------------------------------------------------
@@ -1041,6 +1205,41 @@ def test_data_that_is_no_training_data_stops(train, sat, tmp_path):
                        sat / "SAT_train.parquet": "no column"}.items():
         with stops(path.name, word):
             train(tmp_path / "run", "--data", path)
+
+
+def test_data_that_cannot_be_prepared_stops(sat, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    raw, less, chain = sat / "SAT_train.parquet", tmp_path / "less.parquet", tmp_path / "chain.json"
+    pq.write_table(pq.read_table(raw).drop_columns(["question"]), less)
+    chain.write_text(json.dumps([chat(image="none.png")]))
+    for name, text in {"list.json": '[{"a": 1},\n{"b" 2}]', "lines.jsonl": '{"a": 1}\n\n{"b": 2',
+                       "none.json": "[]"}.items():
+        (tmp_path / name).write_text(text)
+    for flags, words in [
+            (["--parquet", "none.parquet"], ["none.parquet", "does not exist"]),
+            (["--parquet", pictures / "a.png"], ["a.png", "Parquet"]),
+            (["--parquet", less], ["less.parquet", "question or problem", "image_bytes, answers"]),
+            (["--from", less, "--columns", "answer=label"], ["answer=label", "image_bytes"]),
+            (["--from", less, "--columns", "reply=answers"], ["reply=answers", "question_type"]),
+            (["--from", less, "--columns", "answer"], ["--columns answer", "OURS=THEIRS"]),
+            (["--from", raw, "--columns", "answer="], ["--columns answer=NAME"]),
+            (["--from", "none/here"], ["none/here", "hub"]), (["--from", "none.jsonl"], ["none.jsonl"]),
+            (["--from", "list.json"], ["list.json, line 2"]), (["--from", "lines.jsonl"], ["line 3"]),
+            (["--from", "none.json"], ["none.json", "(none)"]),
+            (["--from", raw, "--columns", "answer=question"], ["SAT_train.parquet", "no row"]),
+            (["--sharegpt", "none.json"], ["none.json", "no row"]), (["--sharegpt", chain], ["no row"]),
+            (["--sharegpt", "gone.json"], ["gone.json"]), (["--sharegpt", pictures / "a.png"], ["a.png"]),
+            (["--sharegpt", chain, "--image_dir", "none"], ["--image_dir none"]),
+            (["--image_dir", pictures], ["--image_dir", "--sharegpt"]),
+            (["--parquet", raw, "--columns", "answer=label"], ["--columns", "--from"]),
+            (["--toy", "--limit", 3], ["--toy", "--limit"]),
+            (["--parquet", raw, "--limit", 0], ["--limit 0"])]:
+        with stops(*words):
+            prepare_sat.main([*map(str, flags), "--out", str(tmp_path / "out")])
+    for flags in ["--toy", "--parquet", "x"], ["--from", "x", "--sharegpt", "x"]:
+        with pytest.raises(SystemExit, match="2"):
+            prepare_sat.main(flags)
+    assert not list(tmp_path.glob("out/*")) and not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("broken", [NO_JPEG, HALF_A_JPEG], ids=["header", "body"])
