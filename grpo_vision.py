@@ -372,13 +372,13 @@ class Decoder:
     Shorter prompts are padded on the left and masked. On a GPU the step is recorded as a CUDA graph and
     replayed, because launching its hundreds of kernels takes longer than running them.
     """
-    def __init__(self, model, prompts, num_generations, room):
+    def __init__(self, model, prompts, num_generations, room, fixed=None):
         encoded = [encode_prompt(model, prompt)[0] for prompt in prompts]
         repeat = lambda x: x.repeat_interleave(num_generations, 0)
         lengths = torch.tensor([layers[0][0].shape[2] for layers in encoded])                     # (B,)
         P = int(lengths.max())                                                # here without the last token
         left_pad = lambda x: nn.functional.pad(x, (0, 0, P - x.shape[2], 0))
-        self.model, self.fixed = model, model.device.type == "cuda"
+        self.model, self.fixed = model, model.device.type == "cuda" if fixed is None else fixed
         self.masked = self.fixed or len(set(lengths.tolist())) > 1
         self.place = torch.tensor([P], device=model.device)
         layers = []
@@ -397,7 +397,7 @@ class Decoder:
 
     def step(self):
         """-> (rows, H) hidden states, after which the next token is to be drawn."""
-        if not self.fixed:
+        if self.model.device.type != "cuda":
             return self.forward()
         if self.replay is None:
             warm_up = torch.cuda.Stream()  # libraries set themselves up on first use, outside the recording
@@ -1065,6 +1065,8 @@ def setup(cfg):
         if cfg.freeze == "llm":
             model.lm_head.requires_grad_(False)
     suppressed, eos_ids = suppressed_tokens(model, tokenizer).to(device), end_tokens(tokenizer)
+    if cfg.algorithm == "sft":
+        suppressed = torch.zeros_like(suppressed)  # plain cross-entropy, over all the vocabulary
     bf16, single = accelerator.mixed_precision == "bf16", accelerator.num_processes == 1
     plain = lambda source: load_model(source, dtype=torch.bfloat16 if bf16 else torch.float32).to(device)
     sampler = model.to(device) if single and not bf16 else plain(start).requires_grad_(False)

@@ -18,7 +18,9 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 SCRATCH = tempfile.TemporaryDirectory()  # set before the imports below, which read these:
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=SCRATCH.name, CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="1")
@@ -28,8 +30,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 from tokenizers import AddedToken, pre_tokenizers, trainers
 from transformers import (AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, Qwen2Tokenizer,
                           Qwen2VLForConditionalGeneration)
@@ -595,6 +599,32 @@ def test_greedy_decoding_is_the_same_alone_and_in_transformers(model, stock, pro
         assert ids.tolist() == theirs[0, prompt.input_ids.shape[1]:].tolist()
 
 
+def test_decoding_with_fixed_shapes_changes_nothing(model, prompts, suppressed, monkeypatch):
+    """What a CUDA graph replays: all the room is attended to under a mask, and done rows wait."""
+    sizes = []
+
+    class Fixed(g.Decoder):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more, fixed=True)
+
+        def forward(self):
+            sizes.append(len(self.tokens))
+            hidden = super().forward()
+            assert all(layer.keys.shape[2] == sizes_of_keys[0] for layer in self.cache.layers)
+            return hidden
+    sizes_of_keys = [max(p.input_ids.shape[1] for p in prompts) - 1 + 9]
+    free = g.sample(model, prompts, 3, 9, 0.0, suppressed, [0]).completion_ids
+    arguments = model, prompts, 3, 9, 0.0, suppressed, [int(free[0, 2]), int(free[3, 4])]
+    usual = g.sample(*arguments)
+    monkeypatch.setattr(g, "Decoder", Fixed)
+    fixed = g.sample(*arguments)
+    mask = usual.completion_mask
+    assert torch.equal(fixed.completion_mask, mask) and len(set(mask.sum(1).tolist())) > 1
+    assert torch.equal(fixed.completion_ids[mask], usual.completion_ids[mask])
+    assert (fixed.sampling_logps - usual.sampling_logps).abs().max() < 1e-9
+    assert len(set(sizes)) < 4 and sizes[0] == 12
+
+
 def test_recorded_logps_are_the_scored_ones(model, prompts, suppressed):
     cfg = g.Config(num_generations=3)
     for temperature in 1.0, 1.7:
@@ -693,7 +723,8 @@ def gradients(model, suppressed, prompts, rollout, advantages, ref, old, cfg):
     """-> log-probs and sums that g.update returns, and the gradient that it leaves, by name."""
     policy = g.Policy(copy.deepcopy(model), 1.0, suppressed)
     weights = g.weigh_tokens(rollout.completion_mask.sum(1), rollout.finished, cfg)
-    return *g.update(policy, prompts, rollout, advantages, weights, ref, old, cfg), {name: p.grad for name, p in policy.model.named_parameters()}
+    found = g.update(policy, prompts, rollout, advantages, weights, ref, old, cfg)
+    return *found, {name: p.grad for name, p in policy.model.named_parameters()}
 
 
 def test_two_stage_backward_equals_plain_autograd(model, stock, prompts, rollout, suppressed, monkeypatch):
@@ -731,6 +762,54 @@ def test_the_first_iteration_prints_zero_and_still_learns(model, prompts, rollou
     assert all(x.norm() > 1e-6 for x in found.values())
     _, _, found = gradients(model, suppressed, prompts, rollout, 0 * advantages, None, None, cfg)
     assert all((x == 0).all() for x in found.values())
+
+
+def test_sft_is_cross_entropy(model, stock, processors):
+    """Advantage 1 on given completions: the same gradient as the usual loss on the answers' tokens."""
+    tokenizer = processors[0]
+    rows = [dict(question="Where?", options=["left", "right"], answer="left", images=[None]),
+            dict(question="What is it?", options=[], answer="C", images=[None],
+                 completion="<think> it is a square </think> <answer> C </answer>")]
+    prompts = [g.build_prompt(g.row_text(row, template, tokenizer), [picture(56, 84)], *processors, model)
+               for row, template in zip(rows, ("base-direct", "base"))]
+    run = SimpleNamespace(tokenizer=tokenizer, eos_ids=g.end_tokens(tokenizer),
+                          accelerator=SimpleNamespace(device="cpu"))
+    cfg = g.Config(algorithm="sft", num_generations=1, beta=0.0, loss_type="dapo", score_tokens=9)
+    rollout = g.given_completions(run, cfg, rows, prompts)
+    end = run.eos_ids[0]
+    texts = "left", " it is a square </think> <answer> C </answer>"  # <think> is in the prompt already
+    targets = [tokenizer(text).input_ids + [end] for text in texts]
+    assert [ids.tolist() for _, _, ids in rows_of(rollout, 1)] == targets and rollout.finished.all()
+    nothing = torch.zeros(model.lm_head.out_features, dtype=torch.bool)
+    rollout.sampling_logps = rollout.sampling_logps.double()
+    logps, sums, ours = gradients(model, nothing, prompts, rollout, torch.ones(2).double(), None, None, cfg)
+    usual, losses = copy.deepcopy(stock), []
+    for prompt, target in zip(prompts, targets):
+        logits = usual(**inputs_of(usual, prompt, target)).logits[0, prompt.input_ids.shape[1] - 1:-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none"))
+    torch.cat(losses).mean().backward()
+    assert -logps.sum().item() == pytest.approx(torch.cat(losses).sum().item()) and sums["clip"] == 0
+    for name, p in usual.named_parameters():
+        assert ((ours[name] - p.grad).norm() / p.grad.norm()) < 1e-9, name
+    short = g.given_completions(run, g.Config(max_completion_length=4), rows, prompts)
+    assert short.completion_mask.sum(1).tolist() == [len(targets[0]), 4] and not short.finished[1]
+
+
+def test_truncated_completions_can_be_left_out(model, prompts, rollout, suppressed):
+    lengths, finished = torch.tensor([2, 4, 3, 4]), torch.tensor([True, False, True, True])
+    flags = dict(mask_truncated_completions=True, max_completion_length=4)
+    weigh = lambda **more: g.weigh_tokens(lengths, finished, g.Config(**flags, **more)).tolist()
+    assert weigh() == pytest.approx([1 / 8, 0, 1 / 12, 1 / 16])
+    assert weigh(loss_type="dr_grpo") == pytest.approx([1 / 16, 0, 1 / 16, 1 / 16])
+    assert weigh(loss_type="dapo") == pytest.approx([1 / 9, 0, 1 / 9, 1 / 9])
+    cfg = g.Config(num_generations=3, beta=0.5, mask_truncated_completions=True)
+    ref = rollout.sampling_logps + 1
+    masked = gradients(model, suppressed, prompts, rollout, torch.ones(12).double(), ref, None, cfg)[2]
+    other = copy.deepcopy(rollout)  # what a truncated row says makes no difference
+    other.completion_ids[~rollout.finished] = 50
+    assert not rollout.finished.all()
+    again = gradients(model, suppressed, prompts, other, torch.ones(12).double(), ref, None, cfg)[2]
+    assert all(torch.allclose(masked[name], again[name], atol=1e-12) for name in masked)
 
 
 def test_chunks_hold_every_row_once_within_the_budget():
@@ -1102,6 +1181,67 @@ def test_accelerate_launch_gives_the_same_bits(train, tmp_path, monkeypatch):
         assert jsonl(tmp_path / "python" / file) == jsonl(tmp_path / "launch" / file)
 
 
+@pytest.mark.parametrize("freeze, moves, stays, calls", [
+    ("vision", "model.embed_tokens.weight", "visual.", 1), ("llm", "visual.", "model.", 3)])
+def test_frozen_weights_stay_and_the_others_move(freeze, moves, stays, calls, train, model_dir, tmp_path,
+                                                 monkeypatch):
+    seen, forward = [], g.Qwen2VLForConditionalGeneration.forward
+    tower = transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel
+    forward = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda *a, **k: seen.append(1) or forward(*a, **k))
+    train(tmp_path / "run", "--freeze", freeze, "--max_steps", 2, "--save_steps", 1)
+    assert len(seen) == 2 * 2 * calls  # steps x prompts x (sampler, reference, policy, or all three at once)
+    folders = Path(model_dir), tmp_path / "run/final"
+    before, after = (load_file(folder / "model.safetensors") for folder in folders)
+    assert before.keys() == after.keys()
+    same = {name: torch.equal(before[name].float(), after[name]) for name in before}
+    assert all(same[name] for name in same if name.startswith(stays))
+    assert not any(same[name] for name in same if name.startswith(moves))
+    state = FileSystemReader(tmp_path / "run/checkpoint-1/state").read_metadata().state_dict_metadata
+    assert any("exp_avg" in key for key in state)
+    assert not any("exp_avg" in key and ("visual" in key) == (freeze == "vision") for key in state)
+
+
+def test_stages_change_length_and_group_size_and_resume_in_the_right_one(train, tmp_path):
+    flags = "--stages", "2x3x2,2x9x4", "--eval_steps", "0"
+    train(tmp_path / "whole", *flags)
+    samples = [[], [], [], []]
+    for s in jsonl(tmp_path / "whole/completions.jsonl"):
+        samples[s["step"] - 1].append(s)
+    assert [len(found) for found in samples] == [4, 4, 8, 8]
+    assert [max(s["length"] for s in found) > 3 for found in samples] == [False, False, True, True]
+    assert max(s["length"] for found in samples for s in found) <= 9
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for name in "checkpoint-4", "final":
+        shutil.rmtree(tmp_path / "again" / name)
+    g.main(["--resume", "--output_dir", str(tmp_path / "again")])  # the run's own settings, from config.json
+    assert same_weights(tmp_path / "whole/final", tmp_path / "again/final")
+    for name in "metrics.jsonl", "completions.jsonl":
+        assert jsonl(tmp_path / "whole" / name) == jsonl(tmp_path / "again" / name)
+
+
+@pytest.mark.parametrize("code, words", [
+    ("def mine(completion", ["SyntaxError"]), ("import nothing_here", ["nothing_here"]),
+    ("def other(completion, **_): return 1", ["--rewards mine", "unknown"]),
+    ("def mine(completion, **_): return [1, 2]", ["reward mine", "TypeError"]),
+    ("def mine(completion, **_): return 0 / 0", ["reward mine", "ZeroDivisionError"]),
+    ("def mine(completion): return 1", ["reward mine", "num_tokens"]),
+    ("def mine(completion, **_): return float('nan')", ["reward mine is nan"])])
+def test_a_reward_file_with_a_bug_stops(code, words, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(g, "REWARDS", dict(g.REWARDS))
+    (tmp_path / "rewards.py").write_text(code)
+    with stops(*words):
+        train(tmp_path / "run", "--reward_file", tmp_path / "rewards.py", "--rewards", "accuracy,mine")
+
+
+def test_hard_and_length_rewards():
+    row = dict(answer="left", options=OPTIONS, num_tokens=7)
+    for completion, expected in {"<think> a </think> <answer> left </answer>": 1,
+                                 "<think> a </think> <answer> right </answer>": 0,
+                                 "<answer> left </answer>": 0}.items():
+        assert g.hard_reward(completion, **row) == expected and g.length_reward(completion, **row) == 0.007
+
+
 # ---- One process or many ---------------------------------------------------------------------------------
 
 # grpo_vision.py in float64, its completions drawn prompt by prompt, so that they are the same however the
@@ -1179,8 +1319,8 @@ def test_two_processes_with_sharded_weights_equal_one(train, tmp_path, monkeypat
     assert all(x == pytest.approx(y, rel=1e-6, abs=1e-9) for x, y in zip(one, two, strict=True))
     lengths = Counter(s["length"] > 3 for s in jsonl(tmp_path / "2/completions.jsonl"))
     assert min(lengths.values()) > 2  # the processes had unequal numbers of chunks
-    one, two = (Qwen2VLForConditionalGeneration.from_pretrained(tmp_path / folder / "final", dtype=torch.float64)
-                for folder in "12")
+    load = partial(Qwen2VLForConditionalGeneration.from_pretrained, dtype=torch.float64)
+    one, two = (load(tmp_path / folder / "final") for folder in "12")
     assert "lm_head.weight" not in load_file(tmp_path / "2/final/model.safetensors")
     assert all(error(x, y) < 1e-6 for x, y in zip(two.state_dict().values(), one.state_dict().values()))
     assert (logits_of(one, prompts[2]) - logits_of(two, prompts[2])).abs().max() < 1e-6
