@@ -26,6 +26,7 @@ from statistics import mean
 
 import torch
 import transformers
+from accelerate.utils import gather_object
 from tqdm import tqdm
 
 from grpo_vision import (append_jsonl, build_prompt, build_question, completion_text, end_tokens,
@@ -145,6 +146,31 @@ def read_jsonl(path):
 def load_sets(paths, limit):
     """Comma-separated benchmarks -> {path: questions}, the same `limit` questions of each every time."""
     return {path: load_benchmark(path, limit) for path in paths.split(",")}
+
+
+def track(run, step):
+    """Called while training: ask the sampler fixed questions, greedily, each process its share -> eval.jsonl;
+    then bring the picture and the page up to date."""
+    rank, count = run.accelerator.process_index, run.accelerator.num_processes
+    for name, questions in run.eval_sets.items():
+        mine = questions[rank::count]
+        answers = answer_questions(run.sampler, run.tokenizer, run.image_processor, mine, run.template,
+                                   max_new_tokens=run.cfg.max_completion_length)
+        records = gather_object(list(tqdm(answers, f"evaluation on {name}", total=len(mine), leave=False,
+                                          disable=rank > 0)))
+        if rank == 0:
+            append_score(run.output_dir / "eval.jsonl", step, name, records)
+    if rank == 0 and step:
+        show(run.output_dir, run.data)
+
+
+def live_line(metrics):
+    """A step's metrics in a line that a person can read."""
+    rewards = "  ".join(f"{name.removeprefix('rewards/')} {value:.2f}" for name, value in metrics.items()
+                        if name.startswith("rewards/"))
+    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    return (f"step {metrics['step']:4d}  reward {metrics['reward']:.2f}  {rewards}  "
+            f"length {metrics['completions/mean_length']:.1f}  kl {metrics['kl']:.3f}  {seconds:.1f} s")
 
 
 def show(run, data):

@@ -37,10 +37,9 @@ import signal
 import statistics
 import time
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import Optional
 
 import torch
@@ -988,9 +987,9 @@ def save_model(folder, run, with_state=False):
         weights = get_model_state_dict(run.policy, options=options)  # whole, on the main process
         if main:
             weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
-            if run.sampler.config.tie_word_embeddings:
+            if run.policy.model.config.tie_word_embeddings:
                 del weights["lm_head.weight"]  # the same as the embedding, which is saved once
-            run.sampler.save_pretrained(temporary, state_dict=weights)
+            run.policy.model.save_pretrained(temporary, state_dict=weights)
             run.tokenizer.save_pretrained(temporary)
             run.image_processor.save_pretrained(temporary)
         if with_state:
@@ -1016,32 +1015,12 @@ def load_optimizer(folder, run):
     set_optimizer_state_dict(run.policy, run.optimizer, state["optimizer"])
 
 
-@dataclass
-class Run:
-    """What a run works with, from its first step to its last."""
-    cfg: Config
-    accelerator: Accelerator
-    output_dir: Path
-    tokenizer: object
-    image_processor: object
-    template: str                 # name in TEMPLATES
-    data: object                  # `datasets` table
-    data_path: Path
-    kept: list                    # numbers of its rows whose prompts are not too long
-    policy: nn.Module             # in training; wrapped, if there are several processes
-    sampler: nn.Module            # a plain copy of its weights; on one CPU process its very model
-    reference: Optional[nn.Module]
-    optimizer: torch.optim.Optimizer
-    suppressed: torch.Tensor      # (V,)
-    eos_ids: list
-    eval_sets: dict
-
-
 def setup(cfg):
-    """-> Run, and the number of steps already done."""
+    """-> all that a run works with, in one namespace (see its end), and the number of steps already done."""
     import eval_cvbench
     accelerator = make_accelerator(cfg)
     rank, device = accelerator.process_index, accelerator.device
+    bf16, single = accelerator.mixed_precision == "bf16", accelerator.num_processes == 1
     output_dir, = broadcast_object_list([choose_output_dir(cfg) if rank == 0 else None])
     if cfg.data == Config.data and not Path(cfg.data).exists() and rank == 0:
         import prepare_sat  # draws the toy world and trains its base model: some minutes, once
@@ -1057,35 +1036,35 @@ def setup(cfg):
         template += "-direct"  # nothing but the answer to learn
     eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
 
-    model = load_model(start, cfg.attn_implementation)
+    # up to three copies of the weights: the policy's in float32, because in bf16 an update of 1e-6 would be
+    # rounded away; plain ones for sampler and reference, in bf16 on a GPU. Alone on a CPU, the policy samples
+    model = load_model(start, cfg.attn_implementation).to(device)
     set_threads(model)
-    if cfg.freeze:
-        frozen = model.model.visual if cfg.freeze == "vision" else model.model.language_model
-        frozen.requires_grad_(False)
-        if cfg.freeze == "llm":
-            model.lm_head.requires_grad_(False)
-    suppressed, eos_ids = suppressed_tokens(model, tokenizer).to(device), end_tokens(tokenizer)
+    suppressed = suppressed_tokens(model, tokenizer)                                              # (V,)
     if cfg.algorithm == "sft":
         suppressed = torch.zeros_like(suppressed)  # plain cross-entropy, over all the vocabulary
-    bf16, single = accelerator.mixed_precision == "bf16", accelerator.num_processes == 1
-    plain = lambda source: load_model(source, dtype=torch.bfloat16 if bf16 else torch.float32).to(device)
-    sampler = model.to(device) if single and not bf16 else plain(start).requires_grad_(False)
-    reference = None
-    if cfg.beta > 0:
-        reference = Policy(plain(cfg.model_name_or_path).requires_grad_(False), cfg.temperature, suppressed)
-    policy = Policy(model.to(device), cfg.temperature, suppressed, autocast=single and bf16)
-    trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    towers = dict(vision=[model.model.visual], llm=[model.model.language_model, model.lm_head])
+    for tower in towers.get(cfg.freeze, []):
+        tower.requires_grad_(False)
+    plain = lambda path: load_model(path, dtype=torch.bfloat16 if bf16 else torch.float32).to(device)
+    sampler = model if single and not bf16 else plain(start).requires_grad_(False)
+    reference = plain(cfg.model_name_or_path).requires_grad_(False) if cfg.beta > 0 else None
+    policy = Policy(model, cfg.temperature, suppressed, autocast=single and bf16)
+    optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
+                                  lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
     if not single:
         policy, optimizer = accelerator.prepare(policy, optimizer)
         optimizer = optimizer.optimizer  # itself, which torch.distributed.checkpoint knows
-    sharded = all(isinstance(weight, DTensor) for weight in policy.parameters())
-    if not (single or sharded):
-        fail(f"{accelerator.num_processes} processes, but the weights are not sharded; install accelerate in "
-             "the version of requirements.txt")
+        if not all(isinstance(weight, DTensor) for weight in policy.parameters()):
+            fail("several processes, but the weights are not sharded; install the accelerate of "
+                 "requirements.txt")
 
-    run = Run(cfg, accelerator, output_dir, tokenizer, image_processor, template, data, data_path, kept,
-              policy, sampler, reference, optimizer, suppressed, eos_ids, eval_sets)
+    run = SimpleNamespace(
+        cfg=cfg, accelerator=accelerator, output_dir=output_dir, tokenizer=tokenizer,
+        image_processor=image_processor, template=template, data=data, data_path=data_path, kept=kept,
+        policy=policy, sampler=sampler, optimizer=optimizer, suppressed=suppressed,
+        reference=reference and Policy(reference, cfg.temperature, suppressed),
+        eos_ids=end_tokens(tokenizer), eval_sets=eval_sets)
     if rank == 0:
         if cfg.overwrite and not cfg.resume:
             shutil.rmtree(output_dir, ignore_errors=True)
@@ -1097,11 +1076,10 @@ def setup(cfg):
         load_optimizer(start, run)
     accelerator.project_configuration.set_directories(str(output_dir))
     accelerator.init_trackers("grpo_vision", config=dataclasses.asdict(cfg))
-    count = sum(weight.numel() for weight in sampler.parameters())
     accelerator.print(
-        f"{output_dir}: {count / 1e6:.1f}M parameters, {len(kept)} questions, prompt: {template}, steps "
-        f"{done + 1} to {cfg.max_steps}\n{accelerator.num_processes} x {device.type}, "
-        f"{'FSDP2' if sharded else 'no wrapper'}, weights float32, computing in "
+        f"{output_dir}: {sum(x.numel() for x in sampler.parameters()) / 1e6:.1f}M parameters, {len(kept)} "
+        f"questions, prompt: {template}, steps {done + 1} to {cfg.max_steps}\n{accelerator.num_processes} x "
+        f"{device.type}, {'no wrapper' if single else 'FSDP2'}, weights float32, computing in "
         f"{'bf16' if bf16 else 'float32'}, attention: {cfg.attn_implementation}")
     return run, done
 
@@ -1220,34 +1198,6 @@ def summarise(samples, sums, cfg):
     return metrics
 
 
-def evaluate(run, cfg, step):
-    """Ask the sampler fixed questions, greedily, each process its share -> eval.jsonl."""
-    import eval_cvbench
-    rank, count = run.accelerator.process_index, run.accelerator.num_processes
-    for name, questions in run.eval_sets.items():
-        mine = questions[rank::count]
-        answers = eval_cvbench.answer_questions(run.sampler, run.tokenizer, run.image_processor, mine,
-                                                run.template, max_new_tokens=cfg.max_completion_length)
-        records = gather_object(list(tqdm(answers, f"evaluation on {name}", total=len(mine), leave=False,
-                                          disable=rank > 0)))
-        if rank == 0:
-            eval_cvbench.append_score(run.output_dir / "eval.jsonl", step, name, records)
-
-
-@contextmanager
-def finishing_the_step():
-    """Within it, Ctrl-C and SIGTERM only fill the list that it gives; a second one ends the program."""
-    caught = []
-
-    def note(number, frame):
-        caught.append(number)
-        signal.signal(number, before[number])
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield caught
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def main(argv=None):
     import eval_cvbench  # draws and evaluates; it imports this module, so not before this module is whole
     transformers.utils.logging.set_verbosity_error()
@@ -1256,51 +1206,42 @@ def main(argv=None):
     run, done = setup(parse_config(argv))
     cfg, folder, is_main = run.cfg, run.output_dir, run.accelerator.is_main_process
     if cfg.eval_steps and not done:
-        evaluate(run, settings_at(cfg, 0), 0)
-    with finishing_the_step() as stop_asked:
-        progress = tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
-                        disable=not is_main)
-        for step in progress:
-            now, last = settings_at(cfg, step), step + 1 == cfg.max_steps
-            metrics, samples = train_step(run, now, step)
-            if not math.isfinite(metrics["grad_norm"]):
-                append_jsonl(folder / "bad_batch.jsonl", samples if is_main else [])
-                fail(f"step {step + 1}: loss {metrics['loss']}, gradient norm {metrics['grad_norm']}; lower "
-                     f"--learning_rate and --resume from the last checkpoint; {folder}/bad_batch.jsonl has "
-                     "the batch")
-            if is_main:
-                append_jsonl(folder / "metrics.jsonl", [metrics])
-                append_jsonl(folder / "completions.jsonl", samples)
-                progress.write(live_line(metrics))
-            run.accelerator.log(metrics, step=step + 1)
-            if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or last):
-                evaluate(run, now, step + 1)
-                if is_main:
-                    eval_cvbench.show(folder, run.data)  # the picture and the page, so far
-            stopping = any(gather_object([bool(stop_asked)]))
-            if (step + 1) % cfg.save_steps == 0 or last or stopping:
-                save_model(folder / f"checkpoint-{step + 1}", run, with_state=True)
-                if cfg.save_total_limit and is_main:
-                    for old in checkpoints(folder)[:-cfg.save_total_limit]:
-                        shutil.rmtree(old)
-            if stopping and not last:
-                run.accelerator.print(f"stopped after step {step + 1}, which is saved; go on with:\n"
-                                      f"    python grpo_vision.py --resume --output_dir {folder}")
-                return run.accelerator.end_training()
+        eval_cvbench.track(run, 0)
+    stop_asked = []  # Ctrl-C and SIGTERM let the step end and save; a second one ends the program
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: (stop_asked.append(1), signal.signal(number, signal.SIG_DFL)))
+
+    progress = tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
+                    disable=not is_main)
+    for step in progress:
+        metrics, samples = train_step(run, settings_at(cfg, step), step)
+        if not math.isfinite(metrics["grad_norm"]):
+            append_jsonl(folder / "bad_batch.jsonl", samples if is_main else [])
+            fail(f"step {step + 1}: gradient norm {metrics['grad_norm']}; lower --learning_rate and --resume "
+                 f"from the last checkpoint; the batch is in {folder}/bad_batch.jsonl")
+        if is_main:
+            append_jsonl(folder / "metrics.jsonl", [metrics])
+            append_jsonl(folder / "completions.jsonl", samples)
+            progress.write(eval_cvbench.live_line(metrics))
+        run.accelerator.log(metrics, step=step + 1)
+        last = step + 1 == cfg.max_steps
+        if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or last):
+            eval_cvbench.track(run, step + 1)
+        stopping = any(gather_object([bool(stop_asked)]))
+        if (step + 1) % cfg.save_steps == 0 or last or stopping:
+            save_model(folder / f"checkpoint-{step + 1}", run, with_state=True)
+            if cfg.save_total_limit and is_main:
+                for old in checkpoints(folder)[:-cfg.save_total_limit]:
+                    shutil.rmtree(old)
+        if stopping and not last:
+            run.accelerator.print(f"stopped after step {step + 1}, which is saved; go on with:\n"
+                                  f"    python grpo_vision.py --resume --output_dir {folder}")
+            return run.accelerator.end_training()
     save_model(folder / "final", run)
     run.accelerator.end_training()
     if is_main:
         eval_cvbench.show(folder, run.data)
         eval_cvbench.report(folder)
-
-
-def live_line(metrics):
-    """A step's metrics in a line that a person can read."""
-    rewards = "  ".join(f"{name.removeprefix('rewards/')} {value:.2f}" for name, value in metrics.items()
-                        if name.startswith("rewards/"))
-    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
-    return (f"step {metrics['step']:4d}  reward {metrics['reward']:.2f}  {rewards}  "
-            f"length {metrics['completions/mean_length']:.1f}  kl {metrics['kl']:.3f}  {seconds:.1f} s")
 
 
 if __name__ == "__main__":

@@ -13,9 +13,11 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -903,7 +905,7 @@ def test_sats_dynamic_rows_have_their_images_in_order(processors, tmp_path, caps
     assert counts == {"kept": len(rows)} and found["question_type"][:] == [r["question_type"] for r in rows]
     assert [sizes(row) for row in found] == [[(84, 56)], [(56, 112)], [(84, 56), (56, 112)],
                                              [(56, 112), (84, 56)]] * len(types)
-    assert g.load_data(g.Config(data=str(tmp_path)), *processors)[2] == list(range(len(rows)))
+    assert g.load_data(g.Config(data=str(tmp_path)), "base", *processors)[2] == list(range(len(rows)))
 
 
 def test_options_are_shuffled_with_a_seed_and_the_limit_counts_kept_rows():
@@ -1045,7 +1047,7 @@ def test_your_own_data_trains(pictures, train, processors, tmp_path, capsys):
     assert counts == {"kept": 2, "image outside its folder": 1, "odd shape": 1}
     assert found["source_row"][:] == [0, 3] and found["answer"][:] == ["that", "2"]
     assert found["question_type"][:] == ["mine", None]
-    assert g.load_data(g.Config(data=str(tmp_path / "own")), *processors)[2] == [0, 1]
+    assert g.load_data(g.Config(data=str(tmp_path / "own")), "base", *processors)[2] == [0, 1]
     train(tmp_path / "run", "--data", tmp_path / "own", "--max_steps", 1)
     found, counts = prepared(tmp_path / "chains", capsys, *flags, columns + ",completion=chain,options=")
     assert counts["empty completion"] == 1 and found["options"][:] == [[]] and found["answer"][:] == ["2"]
@@ -1324,6 +1326,59 @@ def test_two_processes_with_sharded_weights_equal_one(train, tmp_path, monkeypat
     assert "lm_head.weight" not in load_file(tmp_path / "2/final/model.safetensors")
     assert all(error(x, y) < 1e-6 for x, y in zip(two.state_dict().values(), one.state_dict().values()))
     assert (logits_of(one, prompts[2]) - logits_of(two, prompts[2])).abs().max() < 1e-6
+
+
+def test_a_run_that_was_stopped_and_killed_ends_as_if_it_had_not_been(train, tmp_path, monkeypatch):
+    flags = "--max_steps 14 --save_steps 3 --rewards accuracy,format,length".split()
+    train(tmp_path / "whole", *flags)
+    folder, argv = tmp_path / "run", []
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "main", argv.extend)
+        train(folder, *flags)
+
+    def interrupt(number, *argv):
+        """Start, send the signal when two more steps are logged -> exit code, what was printed."""
+        log = folder / "metrics.jsonl"
+        logged = lambda: len(jsonl(log, drop="-")) if log.exists() and log.read_text().endswith("\n") else 0
+        process = subprocess.Popen([sys.executable, g.__file__, *argv], stdout=subprocess.PIPE, text=True)
+        first = None
+        while process.poll() is None and (first is None or logged() < first + 2):
+            first = logged() if first is None or logged() < first else first  # resuming cuts the log
+            time.sleep(0.05)
+        process.send_signal(number)
+        return process.communicate()[0], process.returncode
+
+    resume = "--resume", "--output_dir", str(folder)
+    said, code = interrupt(signal.SIGINT, *argv)
+    assert code == 0 and f"--resume --output_dir {folder}" in said
+    assert g.checkpoints(folder)[-1].name == f"checkpoint-{len(jsonl(folder / 'metrics.jsonl'))}"
+    assert interrupt(signal.SIGKILL, *resume)[1] == -signal.SIGKILL
+    said, code = interrupt(signal.SIGTERM, *resume)
+    assert code == 0 and not (folder / "final").exists()
+    (folder / "metrics.jsonl").open("a").write('{"step": 99, "half a li')  # as a kill may leave it
+    (folder / "checkpoint-99.tmp").mkdir()
+    g.main([*resume, "--save_total_limit", "2"])
+    assert same_weights(tmp_path / "whole/final", folder / "final")
+    for name in "metrics.jsonl", "completions.jsonl":
+        assert jsonl(tmp_path / "whole" / name) == jsonl(folder / name)
+    assert [path.name for path in g.checkpoints(folder)] == ["checkpoint-12", "checkpoint-14"]
+
+
+def test_a_full_disk_costs_no_checkpoint(train, tmp_path, monkeypatch):
+    def full(*args, **more):
+        raise OSError(28, "No space left on device")
+    for module, name in (g.distributed_checkpoint, "save"), (g.Qwen2VLForConditionalGeneration,
+                                                             "save_pretrained"):
+        folder = tmp_path / name
+        train(folder, "--max_steps", 1)
+        shutil.rmtree(folder / "final")
+        said = stops("checkpoint-2", "No space left", "checkpoint-1", "--resume")
+        with monkeypatch.context() as patch, said:
+            patch.setattr(module, name, full)
+            train(folder, "--resume", "--max_steps", 2)
+        assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1"}
+        train(folder, "--resume", "--max_steps", 2)
+        assert (folder / "final").exists()
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------
