@@ -39,8 +39,8 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import FunctionType, MethodType, SimpleNamespace
-from typing import Optional
+from types import MethodType, SimpleNamespace
+from typing import Literal, Optional
 
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
@@ -80,10 +80,10 @@ class Config:
     overwrite: bool = setting(False, "delete what is in output_dir and start anew")
     resume: bool = setting(False, "go on from output_dir's last checkpoint, with its settings")
     seed: int = setting(0, "seed of data order and sampling")
-    algorithm: str = setting("grpo", "grpo, or sft: learn the data's completions, or answers, by heart")
-    freeze: Optional[str] = setting(None, "what not to train: vision or llm")
+    algorithm: Literal["grpo", "sft"] = setting("grpo", "sft: learn the data's completions, or its answers")
+    freeze: Literal["none", "vision", "llm"] = setting("none", "the part of the model that is not trained")
     # prompt and rollout
-    prompt: str = setting("auto", "base, instruct, or auto: what the model's chat template asks for")
+    prompt: Literal["auto", "base", "instruct"] = setting("auto", "auto: by the model's chat template")
     max_prompt_length: int = setting(1024, "tokens, images included; longer prompts are dropped, never cut")
     min_pixels: Optional[int] = setting(None, "smaller images are enlarged to this; default: the model's")
     max_pixels: Optional[int] = setting(None, "larger images are shrunk to this; default: the model's")
@@ -91,16 +91,15 @@ class Config:
     num_generations: int = setting(8, "G, completions per prompt")
     max_completion_length: int = setting(700, "tokens at most per completion")
     temperature: float = setting(1.0, "sampling temperature; scoring divides the logits by it as well")
+    stages: Optional[str] = setting(None, "100x4096x16,100x8192x8: steps x tokens x G in turn")
     # rewards and loss
-    stages: Optional[str] = setting(None, "STEPSxTOKENSxG,... in place of max_steps, max_completion_length, "
-                                          "num_generations (Vision-R1: 100x4096x16,100x8192x8)")
     rewards: str = setting("accuracy,format", "names from REWARDS, added up")
     reward_file: Optional[str] = setting(None, "Python file, executed, whose functions join REWARDS")
     beta: float = setting(0.04, "weight of the KL penalty; 0 loads no reference model")
     epsilon: float = setting(0.2, "the ratio is clipped below 1 - epsilon")
     epsilon_high: Optional[float] = setting(None, "and above 1 + epsilon_high; default: epsilon")
     num_iterations: int = setting(1, "updates per rollout; the clip can act only from the second on")
-    loss_type: str = setting("grpo", "how tokens are averaged: grpo, dr_grpo or dapo, see LOSS_TYPES")
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how tokens are averaged: LOSS_TYPES")
     scale_rewards: bool = setting(True, "divide advantages by the group's std (false: Dr. GRPO)")
     mask_truncated_completions: bool = setting(False, "completions cut at the limit teach nothing (DAPO)")
     # optimizer
@@ -147,48 +146,40 @@ def parse_config(argv=None):
         fail(f"unknown argument {unknown[0]}; `python grpo_vision.py --help` lists them all")
     if cfg.reward_file:
         REWARDS.update(load_rewards(cfg.reward_file))
-    known = dict(rewards=REWARDS, loss_type=LOSS_TYPES, prompt=("auto", "base", "instruct"),
-                 algorithm=("grpo", "sft"), freeze=(None, "vision", "llm"))
-    for flag, names in known.items():
-        value = getattr(cfg, flag)
-        for name in value.split(",") if flag == "rewards" else [value]:
-            if name not in names:
-                fail(f"--{flag} {name} is unknown; choose from: {', '.join(filter(None, names))}")
+    for name in cfg.rewards.split(","):
+        if name not in REWARDS:
+            fail(f"--rewards {name} is unknown; choose from: {', '.join(REWARDS)}")
     if cfg.algorithm == "sft":  # one completion per prompt, always as good; nothing to stay close to
         cfg.num_generations, cfg.beta = 1, 0.0
-    cfg.max_steps = sum(stage["steps"] for stage in stages_of(cfg))
-    least = dict(prompts_per_step=1, max_completion_length=1, num_iterations=1, max_steps=1, score_tokens=1,
+    least = dict(num_generations=2 if cfg.algorithm == "grpo" else 1,  # others to be measured by
+                 prompts_per_step=1, max_completion_length=1, num_iterations=1, max_steps=1, score_tokens=1,
                  save_steps=1, save_total_limit=1, eval_steps=0, eval_limit=1, beta=0, epsilon=0,
                  max_grad_norm=0)
     for flag, bound in least.items():
         if getattr(cfg, flag) is not None and getattr(cfg, flag) < bound:
             fail(f"--{flag} {getattr(cfg, flag)}: must be at least {bound}")
-    if cfg.algorithm == "grpo" and min(stage["num_generations"] for stage in stages_of(cfg)) < 2:
-        fail("--num_generations: must be at least 2, as a completion is measured by the others of its group")
     if cfg.temperature <= 0:
         fail(f"--temperature {cfg.temperature}: must be above 0, or a group's completions are all equal")
+    cfg.max_steps = sum(steps for steps, _, _ in stages_of(cfg))
     return cfg
 
 
 def stages_of(cfg):
-    """-> list of dicts steps, max_completion_length, num_generations: Vision-R1's staged lengths (PTST,
-    arXiv 2503.06749, section 3.3), or the one stage that the other settings make."""
-    if not cfg.stages:
-        return [dict(steps=cfg.max_steps, max_completion_length=cfg.max_completion_length,
-                     num_generations=cfg.num_generations)]
-    if not re.fullmatch(r"([1-9]\d*x[1-9]\d*x[1-9]\d*,)*[1-9]\d*x[1-9]\d*x[1-9]\d*", cfg.stages):
-        fail(f"--stages {cfg.stages}: must look like 100x4096x16,100x8192x8 (steps x tokens x generations)")
-    names = ("steps", "max_completion_length", "num_generations")
-    return [dict(zip(names, map(int, stage.split("x")))) for stage in cfg.stages.split(",")]
+    """-> [(steps, max_completion_length, num_generations), ...]: Vision-R1's staged lengths (PTST, arXiv
+    2503.06749, section 3.3), or the one stage that the other settings make."""
+    text = cfg.stages or f"{cfg.max_steps}x{cfg.max_completion_length}x{cfg.num_generations}"
+    stages = [tuple(map(int, stage.split("x"))) for stage in re.findall(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text)]
+    if ",".join("x".join(map(str, stage)) for stage in stages) != text:
+        fail(f"--stages {text}: must look like 100x4096x16,100x8192x8 (steps x tokens x generations)")
+    return stages
 
 
 def settings_at(cfg, step):
-    """-> cfg with the lengths and group size of the stage to which `step` (from 0) belongs."""
-    for stage in stages_of(cfg):
-        if step < stage["steps"]:
-            return dataclasses.replace(cfg, max_completion_length=stage["max_completion_length"],
-                                       num_generations=stage["num_generations"])
-        step -= stage["steps"]
+    """-> cfg with the length and group size of the stage to which `step` (from 0) belongs."""
+    for steps, length, generations in stages_of(cfg):
+        if step < steps:
+            return dataclasses.replace(cfg, max_completion_length=length, num_generations=generations)
+        step -= steps
 
 
 # ---- Step 1: the prompt ----------------------------------------------------------------------------------
@@ -611,11 +602,10 @@ REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "hard": hard_re
 def load_rewards(path):
     """Functions defined in a Python file, by name. The file is executed."""
     try:
-        found = runpy.run_path(path)
+        found = runpy.run_path(path, run_name="reward_file")
     except Exception as error:  # whatever the user's code may raise
         fail(f"--reward_file {path}: {type(error).__name__}: {error}")
-    return {name: f for name, f in found.items()
-            if isinstance(f, FunctionType) and f.__module__ == "<run_path>" and not name.startswith("_")}
+    return {name: f for name, f in found.items() if getattr(f, "__module__", None) == "reward_file"}
 
 
 def compute_rewards(names, texts, lengths, rows):

@@ -310,13 +310,16 @@ def test_sat_preset_is_the_papers():
 
 @pytest.mark.parametrize("flags", [
     "--preset paper", "--learning_rat 1", "--rewards accuracy,style", "--num_generations 1", "--max_steps 0",
-    "--temperature 0", "--prompts_per_step 0", "--score_tokens 0", "--loss_type ppo"])
+    "--temperature 0", "--prompts_per_step 0", "--score_tokens 0", "--stages 10x20", "--stages 1x2x3,",
+    "--stages 1x2x3;4x5x6", "--stages 10x20x0", "--reward_file none.py"])
 def test_bad_settings_stop_with_one_sentence(flags):
     with stops(flags.split()[0]):
         g.main(flags.split())
 
 
-@pytest.mark.parametrize("flags, code", [("--help", 0), ("--max_steps many", 2)])
+@pytest.mark.parametrize("flags, code", [
+    ("--help", 0), ("--max_steps many", 2), ("--loss_type ppo", 2), ("--algorithm ppo", 2),
+    ("--freeze all", 2), ("--prompt mine", 2)])
 def test_help_and_wrong_types(flags, code):
     with pytest.raises(SystemExit) as stop:
         g.parse_config(flags.split())
