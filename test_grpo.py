@@ -1331,6 +1331,20 @@ def test_two_processes_with_sharded_weights_equal_one(train, tmp_path, monkeypat
     assert (logits_of(one, prompts[2]) - logits_of(two, prompts[2])).abs().max() < 1e-6
 
 
+def test_what_several_processes_cannot_share_stops(sat, tmp_path, processors, monkeypatch):
+    rows = datasets.Dataset.from_parquet(str(sat / "train.parquet")).to_list()
+    rows[1]["images"] = []
+    features = datasets.Dataset.from_parquet(str(sat / "train.parquet")).features
+    datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "train.parquet")
+    cfg = g.Config(data=str(tmp_path))
+    assert len(g.load_data(cfg, "base", *processors)[2]) == 3  # alone, a row without an image is text
+    with stops("row 1", "no image", "one process"):
+        g.load_data(cfg, "base", *processors, num_processes=2)
+    monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(log_with=[], num_processes=3))
+    with stops("--prompts_per_step 8", "3 processes"):
+        g.make_accelerator(g.Config())
+
+
 def test_a_run_that_was_stopped_and_killed_ends_as_if_it_had_not_been(train, tmp_path, monkeypatch):
     flags = "--max_steps 14 --save_steps 3 --rewards accuracy,format,length".split()
     train(tmp_path / "whole", *flags)
