@@ -37,6 +37,7 @@ from statistics import mean
 import torch
 import transformers
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -389,13 +390,30 @@ def load_sets(paths, limit):
     return {path: load_benchmark(path, limit) for path in paths.split(",")}
 
 
-def track(run, step, model, tokenizer, image_processor, sets, template, max_new_tokens):
-    """Called while training: score the model, greedy, on fixed questions of each set -> RUN/eval.jsonl."""
-    for name, questions in sets.items():
-        answers = answer_questions(model, tokenizer, image_processor, {f"{template}-reasoning": questions},
-                                   max_new_tokens=max_new_tokens)
-        records = list(tqdm(answers, f"evaluation on {name}", total=len(questions), leave=False))
-        append_score(run / "eval.jsonl", step, name, records)
+def track(run, step):
+    """Called while training: ask the sampler fixed questions, greedily, each process its share -> eval.jsonl;
+    then bring the picture and the page up to date."""
+    rank, count = run.accelerator.process_index, run.accelerator.num_processes
+    mode = run.template if run.template in MODES else f"{run.template}-reasoning"
+    for name, questions in run.eval_sets.items():
+        mine = questions[rank::count]
+        answers = answer_questions(run.sampler, run.tokenizer, run.image_processor, {mode: mine},
+                                   max_new_tokens=run.cfg.max_completion_length)
+        records = gather_object(list(tqdm(answers, f"evaluation on {name}", total=len(mine), leave=False,
+                                          disable=rank > 0)))
+        if rank == 0:
+            append_score(run.output_dir / "eval.jsonl", step, name, records)
+    if rank == 0 and step:
+        show(run.output_dir, run.data)
+
+
+def live_line(metrics):
+    """A step's metrics in a line that a person can read."""
+    rewards = "  ".join(f"{name.removeprefix('rewards/')} {value:.2f}" for name, value in metrics.items()
+                        if name.startswith("rewards/"))
+    seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
+    return (f"step {metrics['step']:4d}  reward {metrics['reward']:.2f}  {rewards}  "
+            f"length {metrics['completions/mean_length']:.1f}  kl {metrics['kl']:.3f}  {seconds:.1f} s")
 
 
 def show(run, data):

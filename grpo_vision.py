@@ -31,18 +31,28 @@ import math
 import os
 import random
 import re
+import runpy
 import shutil
+import signal
+import statistics
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from types import MethodType
-from typing import Optional
+from types import MethodType, SimpleNamespace
+from typing import Literal, Optional
 
 import torch
+import torch.distributed.checkpoint as distributed_checkpoint
 import transformers
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import broadcast_object_list, gather_object
 from PIL import Image
 from torch import nn
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_optimizer_state_dict, set_optimizer_state_dict)
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, Qwen2VLForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicLayer
@@ -68,10 +78,12 @@ class Config:
     data: str = setting("data/toy", "Parquet file from prepare_sat.py, or a folder with train.parquet")
     output_dir: Optional[str] = setting(None, "folder of the run; default: runs/PRESET, or runs/PRESET-2 ...")
     overwrite: bool = setting(False, "delete what is in output_dir and start anew")
-    resume: bool = setting(False, "go on from the last checkpoint in output_dir")
+    resume: bool = setting(False, "go on from output_dir's last checkpoint, with its settings")
     seed: int = setting(0, "seed of data order and sampling")
+    algorithm: Literal["grpo", "sft"] = setting("grpo", "sft: learn the data's completions, or its answers")
+    freeze: Literal["none", "vision", "llm"] = setting("none", "the part of the model that is not trained")
     # prompt and rollout
-    prompt: str = setting("auto", "base, instruct, or auto: what the model's chat template asks for")
+    prompt: Literal["auto", "base", "instruct"] = setting("auto", "auto: by the model's chat template")
     max_prompt_length: int = setting(1024, "tokens, images included; longer prompts are dropped, never cut")
     min_pixels: Optional[int] = setting(None, "smaller images are enlarged to this; default: the model's")
     max_pixels: Optional[int] = setting(None, "larger images are shrunk to this; default: the model's")
@@ -79,14 +91,17 @@ class Config:
     num_generations: int = setting(8, "G, completions per prompt")
     max_completion_length: int = setting(700, "tokens at most per completion")
     temperature: float = setting(1.0, "sampling temperature; scoring divides the logits by it as well")
+    stages: Optional[str] = setting(None, "100x4096x16,100x8192x8: steps x tokens x G in turn")
     # rewards and loss
     rewards: str = setting("accuracy,format", "names from REWARDS, added up")
+    reward_file: Optional[str] = setting(None, "Python file, executed, whose functions join REWARDS")
     beta: float = setting(0.04, "weight of the KL penalty; 0 loads no reference model")
     epsilon: float = setting(0.2, "the ratio is clipped below 1 - epsilon")
     epsilon_high: Optional[float] = setting(None, "and above 1 + epsilon_high; default: epsilon")
     num_iterations: int = setting(1, "updates per rollout; the clip can act only from the second on")
-    loss_type: str = setting("grpo", "how tokens are averaged: grpo, dr_grpo or dapo, see LOSS_TYPES")
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how tokens are averaged: LOSS_TYPES")
     scale_rewards: bool = setting(True, "divide advantages by the group's std (false: Dr. GRPO)")
+    mask_truncated_completions: bool = setting(False, "completions cut at the limit teach nothing (DAPO)")
     # optimizer
     max_steps: int = setting(1500, "training steps, one rollout each")
     learning_rate: float = setting(1e-6, "AdamW's rate at the start; falls linearly to 0 at max_steps")
@@ -96,45 +111,75 @@ class Config:
     score_tokens: int = setting(4096, "completion tokens scored at a time: bounds the memory of the update")
     attn_implementation: str = setting("sdpa", "sdpa, eager, or flash_attention_2 if installed")
     save_steps: int = setting(100, "steps between checkpoints")
+    save_total_limit: Optional[int] = setting(None, "checkpoints kept, the newest; default: all")
     eval_steps: int = setting(100, "steps between evaluations while training; 0: none")
     eval_data: str = setting("nyu-visionx/CV-Bench", "comma-separated sets, as eval_cvbench.py takes them")
     eval_limit: int = setting(128, "questions of each set, the same ones every time")
     log_with: Optional[str] = setting(None, "an accelerate tracker besides metrics.jsonl: tensorboard, ...")
 
 
+# the paper's recipe is Config's defaults; 401,408 pixels are 512 image tokens of 28 x 28
+SAT = dict(model_name_or_path="Qwen/Qwen2-VL-2B", data="data/sat", min_pixels=3136, max_pixels=401408)
 PRESETS = {
     "toy": dict(prompts_per_step=16, max_completion_length=64, max_steps=100, learning_rate=6e-4, beta=0.01,
                 save_steps=50, eval_steps=10, eval_data="data/toy/cvbench,data/toy/test.parquet"),
-    # the paper's recipe is Config's defaults; 401,408 pixels are 512 image tokens of 28 x 28
-    "sat": dict(model_name_or_path="Qwen/Qwen2-VL-2B", data="data/sat", min_pixels=3136, max_pixels=401408),
+    "sat": SAT,
+    # the paper's baseline: the same questions, answered without reasoning; 3750 x 8 is twice 15,000 rows
+    "sat-sft": dict(SAT, algorithm="sft", learning_rate=2e-5, max_steps=3750, loss_type="dapo"),
+    # Vision-R1 (arXiv 2503.06749), after its cold start: --model_name_or_path is the result of that
+    "vision-r1": dict(SAT, rewards="hard", beta=0.01, epsilon=0.2, stages="100x4096x16,100x8192x8"),
 }
 
 
 def parse_config(argv=None):
     """Command line (list of str; None: sys.argv) -> Config."""
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.splitlines()[0])
-    preset = parser.parse_known_args(argv)[0].preset
-    if preset not in PRESETS:
-        fail(f"--preset {preset} is unknown; choose one of: {', '.join(PRESETS)}")
-    parser.set_defaults(**PRESETS[preset])
+    given = parser.parse_known_args(argv)[0]
+    if given.preset not in PRESETS:
+        fail(f"--preset {given.preset} is unknown; choose one of: {', '.join(PRESETS)}")
+    parser.set_defaults(**PRESETS[given.preset])
+    saved = Path(given.output_dir or f"runs/{given.preset}") / "config.json"
+    if given.resume and saved.exists():  # a run goes on as it began, but for what is given anew
+        parser.set_defaults(**{**json.loads(saved.read_text()), "overwrite": False, "resume": True})
     cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         fail(f"unknown argument {unknown[0]}; `python grpo_vision.py --help` lists them all")
-    for flag, known in (("rewards", REWARDS), ("loss_type", LOSS_TYPES)):
-        for name in getattr(cfg, flag).split(","):
-            if name not in known:
-                fail(f"--{flag} {name} is unknown; choose from: {', '.join(known)}")
-    least = dict(num_generations=2,  # a completion is measured by the others of its group
+    if cfg.reward_file:
+        REWARDS.update(load_rewards(cfg.reward_file))
+    for name in cfg.rewards.split(","):
+        if name not in REWARDS:
+            fail(f"--rewards {name} is unknown; choose from: {', '.join(REWARDS)}")
+    if cfg.algorithm == "sft":  # one completion per prompt, always as good; nothing to stay close to
+        cfg.num_generations, cfg.beta = 1, 0.0
+    least = dict(num_generations=2 if cfg.algorithm == "grpo" else 1,  # others to be measured by
                  prompts_per_step=1, max_completion_length=1, num_iterations=1, max_steps=1, score_tokens=1,
-                 save_steps=1, eval_steps=0, eval_limit=1, beta=0, epsilon=0, max_grad_norm=0)
+                 save_steps=1, save_total_limit=1, eval_steps=0, eval_limit=1, beta=0, epsilon=0,
+                 max_grad_norm=0)
     for flag, bound in least.items():
-        if getattr(cfg, flag) < bound:
+        if getattr(cfg, flag) is not None and getattr(cfg, flag) < bound:
             fail(f"--{flag} {getattr(cfg, flag)}: must be at least {bound}")
-    if cfg.prompt not in ("auto", "base", "instruct"):
-        fail(f"--prompt {cfg.prompt} is unknown; choose one of: auto, base, instruct")
     if cfg.temperature <= 0:
         fail(f"--temperature {cfg.temperature}: must be above 0, or a group's completions are all equal")
+    cfg.max_steps = sum(steps for steps, _, _ in stages_of(cfg))
     return cfg
+
+
+def stages_of(cfg):
+    """-> [(steps, max_completion_length, num_generations), ...]: Vision-R1's staged lengths (PTST, arXiv
+    2503.06749, section 3.3), or the one stage that the other settings make."""
+    text = cfg.stages or f"{cfg.max_steps}x{cfg.max_completion_length}x{cfg.num_generations}"
+    stages = [tuple(map(int, stage.split("x"))) for stage in re.findall(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text)]
+    if ",".join("x".join(map(str, stage)) for stage in stages) != text:
+        fail(f"--stages {text}: must look like 100x4096x16,100x8192x8 (steps x tokens x generations)")
+    return stages
+
+
+def settings_at(cfg, step):
+    """-> cfg with the length and group size of the stage to which `step` (from 0) belongs."""
+    for steps, length, generations in stages_of(cfg):
+        if step < steps:
+            return dataclasses.replace(cfg, max_completion_length=length, num_generations=generations)
+        step -= steps
 
 
 # ---- Step 1: the prompt ----------------------------------------------------------------------------------
@@ -211,6 +256,7 @@ class Prompt:
     position_ids: torch.Tensor                     # (3, 1, P) M-RoPE: time, height and width of each token
     pixel_values: Optional[torch.Tensor] = None    # (patches of all images, 3 * 2 * 14 * 14)
     image_grid_thw: Optional[torch.Tensor] = None  # (images, 3) patches along time, height and width
+    image_features: Optional[object] = None        # the image tower's output, if it is frozen
 
     @property
     def next_position(self):
@@ -257,15 +303,19 @@ def patch_embed_as_matmul(model):
 
 
 def encode_prompt(model, prompt):
-    """Image tower and prompt, once -> for each layer (keys, values), each (1, kv_heads, P - 1, head_dim).
+    """Image tower and prompt, once -> for each layer (keys, values), each (1, kv_heads, P - 1, head_dim), and
+    the last hidden states (1, P - 1, H).
 
     The last prompt token is left out. It becomes the first input of every completion, whose output predicts
     the first completion token; so keys and values are all that sampling and scoring need from here.
     """
-    ids = prompt.input_ids[:, :-1]
-    output = model.model(input_ids=ids, position_ids=prompt.position_ids[:, :, :-1], use_cache=True,
-                         pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
-    return [(layer.keys, layer.values) for layer in output.past_key_values.layers]
+    images = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
+    if prompt.image_features is not None:
+        images = dict(mm_encoder_outputs={"image": prompt.image_features})
+    output = model.model(input_ids=prompt.input_ids[:, :-1], position_ids=prompt.position_ids[:, :, :-1],
+                         use_cache=True, **images)
+    layers = output.past_key_values.layers
+    return [(layer.keys, layer.values) for layer in layers], output.last_hidden_state
 
 
 class BranchLayer(DynamicLayer):
@@ -273,24 +323,24 @@ class BranchLayer(DynamicLayer):
 
     room 0: new keys are joined by `torch.cat`, which autograd follows (scoring). Otherwise space for `room`
     tokens is set aside and written in place, because a `cat` at every token would copy the whole cache
-    (sampling).
+    (sampling). place: (1,) where the next key goes, if shapes must stay the same at every token; then all
+    the space is attended to, and the mask has to hide what is not yet written.
     """
-    def __init__(self, keys, values, room=0):
+    def __init__(self, keys, values, room=0, place=None):
         super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.length, self.in_place = keys.shape[-2], room > 0
+        self.length, self.in_place, self.place = keys.shape[2], room > 0, place
         self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, room)) if room else x
                                   for x in (keys, values))
 
     def update(self, keys, values, *args, **kwargs):
-        start, self.length = self.length, self.length + keys.shape[-2]
         if not self.in_place:
             return super().update(keys, values)
+        if self.place is not None:
+            return self.keys.index_copy_(2, self.place, keys), self.values.index_copy_(2, self.place, values)
+        start, self.length = self.length, self.length + keys.shape[2]
         self.keys[:, :, start:self.length], self.values[:, :, start:self.length] = keys, values
         return self.keys[:, :, :self.length], self.values[:, :, :self.length]
-
-    def get_seq_length(self):
-        return self.length
 
 
 def token_logps(model, hidden, temperature, suppressed):
@@ -305,16 +355,71 @@ def token_logps(model, hidden, temperature, suppressed):
     return logits.masked_fill(suppressed, torch.finfo(logits.dtype).min).log_softmax(-1)
 
 
-def joint_cache(encoded, num_generations, room):
-    """Keys and values of B prompts -> one cache of N rows; shorter prompts are padded on the left."""
-    P = max(layers[0][0].shape[-2] for layers in encoded)
-    left_pad = lambda x: nn.functional.pad(x, (0, 0, P - x.shape[-2], 0))
-    layers = []
-    for layer in zip(*encoded):  # (keys, values) of this layer, of each prompt
-        keys, values = (torch.cat([left_pad(x) for x in one]).repeat_interleave(num_generations, 0)
-                        for one in zip(*layer))
-        layers.append(BranchLayer(keys, values, room))
-    return Cache(layers=layers)
+class Decoder:
+    """N rows on their way through the completion; each call of `step` is one token further.
+
+    Each of the B prompts has run through the model once, and its keys and values are repeated G times.
+    Shorter prompts are padded on the left and masked. On a GPU the step is recorded as a CUDA graph and
+    replayed, because launching its hundreds of kernels takes longer than running them.
+    """
+    def __init__(self, model, prompts, num_generations, room, fixed=None):
+        encoded = [encode_prompt(model, prompt)[0] for prompt in prompts]
+        repeat = lambda x: x.repeat_interleave(num_generations, 0)
+        lengths = torch.tensor([layers[0][0].shape[2] for layers in encoded])                     # (B,)
+        P = int(lengths.max())                                                # here without the last token
+        left_pad = lambda x: nn.functional.pad(x, (0, 0, P - x.shape[2], 0))
+        self.model, self.fixed = model, model.device.type == "cuda" if fixed is None else fixed
+        self.masked = self.fixed or len(set(lengths.tolist())) > 1
+        self.place = torch.tensor([P], device=model.device)
+        layers = []
+        for layer in zip(*encoded):  # (keys, values) of this layer, of each prompt
+            keys, values = (repeat(torch.cat([left_pad(x) for x in one])) for one in zip(*layer))
+            layers.append(BranchLayer(keys, values, room, self.place if self.fixed else None))
+        self.cache = Cache(layers=layers)
+        self.tokens = repeat(torch.cat([prompt.input_ids[:, -1:] for prompt in prompts]))         # (N, 1)
+        start = torch.tensor([[prompt.next_position - 1] for prompt in prompts])
+        self.positions = repeat(start).to(model.device)                                           # (N, 1)
+        places = torch.arange(P + room)
+        hidden = (places < P - lengths[:, None]) | (places > P)                               # (B, P + room)
+        mask = torch.zeros(hidden.shape, dtype=model.dtype).masked_fill(hidden, torch.finfo(model.dtype).min)
+        self.mask = repeat(mask.to(model.device))[:, None, None]                        # (N, 1, 1, P + room)
+        self.replay = None
+
+    def step(self):
+        """-> (rows, H) hidden states, after which the next token is to be drawn."""
+        if self.model.device.type != "cuda":
+            return self.forward()
+        if self.replay is None:
+            warm_up = torch.cuda.Stream()  # libraries set themselves up on first use, outside the recording
+            warm_up.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(warm_up):
+                self.forward()
+            torch.cuda.current_stream().wait_stream(warm_up)
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph):
+                self.replay = self.forward()
+        self.graph.replay()
+        return self.replay
+
+    def forward(self):
+        mask = self.mask if self.fixed else self.mask[..., :int(self.place) + 1] if self.masked else None
+        output = self.model.model(input_ids=self.tokens, position_ids=self.positions.expand(3, -1, -1),
+                                  past_key_values=self.cache, attention_mask={"full_attention": mask})
+        return output.last_hidden_state[:, -1]
+
+    def feed(self, tokens):
+        """tokens: (rows, 1), which the next step takes in."""
+        self.tokens.copy_(tokens)
+        self.positions += 1
+        self.place += 1
+        self.mask.index_fill_(3, self.place.clamp(max=self.mask.shape[3] - 1), 0)
+
+    def keep(self, alive):
+        """alive: (rows,) bool. The others leave the batch; a graph must be recorded anew."""
+        self.tokens, self.positions, self.mask = (x[alive] for x in (self.tokens, self.positions, self.mask))
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[alive], layer.values[alive]
+        self.replay = None
 
 
 @dataclass
@@ -330,45 +435,36 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
            generator=None):
     """Draw G completions of each prompt (temperature 0: the likeliest tokens) -> Rollout, rows prompt-major.
 
-    Each prompt runs through the model once, its keys and values are repeated G times, and all N rows decode
-    together; shorter prompts are padded on the left and masked. A row that is done leaves the batch.
+    All N rows decode together. A row that is done leaves the batch; on a GPU it waits until half are done.
     """
-    G, C, device = num_generations, max_completion_length, model.device
-    cache = joint_cache([encode_prompt(model, prompt) for prompt in prompts], G, room=C)
-    tokens = torch.cat([prompt.input_ids[:, -1:] for prompt in prompts]).repeat_interleave(G, 0)  # (N, 1)
-    start = torch.tensor([[prompt.next_position - 1] for prompt in prompts], device=device)
-    start = start.repeat_interleave(G, 0)                                                         # (N, 1)
-    lengths = torch.tensor([prompt.input_ids.shape[1] - 1 for prompt in prompts], device=device)  # (B,)
-    N, P, ragged = G * len(prompts), int(lengths.max()), bool((lengths != lengths[0]).any())
-    seen = torch.arange(P + C, device=device) >= (P - lengths).repeat_interleave(G)[:, None]      # (N, P + C)
-
+    decoder = Decoder(model, prompts, num_generations, room=max_completion_length)
+    N, C, device = num_generations * len(prompts), max_completion_length, model.device
     completion_ids = torch.full((N, C), eos_ids[0], device=device)
     sampling_logps = torch.zeros(N, C, device=device, dtype=torch.promote_types(model.dtype, torch.float32))
     num_tokens = torch.full((N,), C, device=device)
-    running = torch.arange(N, device=device)  # the rows still in the batch
+    finished = torch.zeros(N, dtype=torch.bool, device=device)
+    rows = torch.arange(N, device=device)             # of the rollout, that are still in the batch
+    running = torch.ones(N, dtype=torch.bool, device=device)       # of these, which are not done
     for t in range(C):
-        hidden = model.model(input_ids=tokens, position_ids=(start + t).expand(3, -1, -1),
-                             past_key_values=cache, attention_mask=seen[:, :P + t + 1] if ragged else None)
-        hidden = hidden.last_hidden_state[:, -1]                                              # (running, H)
-        logps = token_logps(model, hidden, temperature or 1.0, suppressed)                    # (running, V)
+        logps = token_logps(model, decoder.step(), temperature or 1.0, suppressed)                # (rows, V)
         if temperature > 0:  # argmax(log p - log Exp(1)) draws from p: the Gumbel trick
             noise = torch.empty_like(logps).exponential_(generator=generator).log_()
-            tokens = (logps - noise).argmax(-1, keepdim=True)                                   # (running, 1)
+            tokens = (logps - noise).argmax(-1, keepdim=True)                                     # (rows, 1)
         else:
             tokens = logps.argmax(-1, keepdim=True)
-        completion_ids[running, t] = tokens[:, 0]
-        sampling_logps[running, t] = logps.gather(-1, tokens)[:, 0]
-        ended = torch.isin(tokens[:, 0], torch.tensor(eos_ids, device=device))
-        if ended.any():
-            num_tokens[running[ended]] = t + 1
-            running, tokens, start, seen = (x[~ended] for x in (running, tokens, start, seen))
-            for layer in cache.layers:
-                layer.keys, layer.values = layer.keys[~ended], layer.values[~ended]
-        if not len(running):
+        completion_ids[rows[running], t] = tokens[running, 0]
+        sampling_logps[rows[running], t] = logps.gather(-1, tokens)[running, 0]
+        ended = running & torch.isin(tokens[:, 0], torch.tensor(eos_ids, device=device))          # (rows,)
+        num_tokens[rows[ended]], finished[rows[ended]] = t + 1, True
+        running = running & ~ended
+        if not (left := int(running.sum())):
             break
+        decoder.feed(tokens)
+        if left <= len(rows) // 2 if decoder.fixed else left < len(rows):
+            decoder.keep(running)
+            rows, running = rows[running], running[running]
     C = int(num_tokens.max())
     completion_mask = torch.arange(C, device=device) < num_tokens[:, None]                        # (N, C)
-    finished = torch.ones(N, dtype=torch.bool, device=device).index_fill(0, running, False)       # (N,)
     return Rollout(completion_ids[:, :C], completion_mask, sampling_logps[:, :C], finished)
 
 
@@ -383,8 +479,7 @@ def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature
     R, C = completion_ids.shape
     inputs = torch.cat([prompt.input_ids[:, -1:].expand(R, 1), completion_ids[:, :-1]], 1)        # (R, C)
     positions = torch.arange(C, device=inputs.device) + prompt.next_position - 1                  # (C,)
-    cache = Cache(layers=[BranchLayer(keys.expand(R, -1, -1, -1), values.expand(R, -1, -1, -1))
-                          for keys, values in prompt_kv])
+    cache = Cache(layers=[BranchLayer(*(x.expand(R, -1, -1, -1) for x in kv)) for kv in prompt_kv])
     hidden = model.model(input_ids=inputs, position_ids=positions.expand(3, R, C),
                          past_key_values=cache).last_hidden_state                                 # (R, C, H)
     logps = token_logps(model, hidden[completion_mask], temperature, suppressed)                 # (tokens, V)
@@ -396,18 +491,19 @@ def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature
 
 
 class Policy(nn.Module):
-    """A model behind one door. accelerate wraps this module and its hooks run in `forward` only, so every
-    forward of the trained weights, encoding or scoring, has to come through here."""
-    def __init__(self, model, temperature, suppressed):
+    """A model behind one door. FSDP wraps this module and its hooks run in `forward` only, so every forward
+    of the trained weights, encoding or scoring, has to come through here. autocast: compute in bf16."""
+    def __init__(self, model, temperature, suppressed, autocast=False):
         super().__init__()
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self.autocast = model, temperature, autocast
         self.register_buffer("suppressed", suppressed, persistent=False)
 
     def forward(self, prompt, prompt_kv=None, completion_ids=None, completion_mask=None):
-        if prompt_kv is None:
-            return encode_prompt(self.model, prompt)
-        return score(self.model, prompt, prompt_kv, completion_ids, completion_mask,
-                     self.temperature, self.suppressed)
+        with torch.autocast(self.suppressed.device.type, torch.bfloat16, enabled=self.autocast):
+            if prompt_kv is None:
+                return encode_prompt(self.model, prompt)
+            return score(self.model, prompt, prompt_kv, completion_ids, completion_mask,
+                         self.temperature, self.suppressed)
 
 
 # ---- Step 3: the rewards, pure functions of the text; evaluation uses the same extractor and grader ------
@@ -523,8 +619,43 @@ def format_reward(completion, **_):
     return float(one_think_block and one_answer_block and bool(WELL_FORMED.fullmatch(completion)))
 
 
+def hard_reward(completion, **row):
+    """1 only if form and answer are both right (Vision-R1's HFRRF, arXiv 2503.06749, section 3.3)."""
+    return format_reward(completion) * accuracy_reward(completion, **row)
+
+
+def length_reward(completion, num_tokens, **_):
+    """0.001 per token: the paper's attempt to buy reasoning, which failed."""
+    return 0.001 * num_tokens
+
+
 # name -> function(completion, num_tokens, **columns of the data row) -> float; completion starts with <think>
-REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
+REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "hard": hard_reward, "length": length_reward}
+
+
+def load_rewards(path):
+    """Functions defined in a Python file, by name. The file is executed."""
+    try:
+        found = runpy.run_path(path, run_name="reward_file")
+    except Exception as error:  # whatever the user's code may raise
+        fail(f"--reward_file {path}: {type(error).__name__}: {error}")
+    return {name: f for name, f in found.items() if getattr(f, "__module__", None) == "reward_file"}
+
+
+def compute_rewards(names, texts, lengths, rows):
+    """Each named reward of N completions, with their lengths in tokens and data rows -> {name: (N,)}."""
+    rewards = {}
+    for name in names:
+        values = []
+        for text, length, row in zip(texts, lengths, rows, strict=True):
+            try:
+                values.append(float(REWARDS[name](text, num_tokens=length, **row)))
+            except Exception as error:  # whatever the user's code may raise
+                fail(f"reward {name}: {type(error).__name__}: {error}; it was given {text[-200:]!r}")
+            if not math.isfinite(values[-1]):
+                fail(f"reward {name} is {values[-1]} for {text[-200:]!r}; it must return a finite number")
+        rewards[name] = torch.tensor(values)
+    return rewards
 
 
 # ---- Step 4: the advantages ------------------------------------------------------------------------------
@@ -555,6 +686,15 @@ LOSS_TYPES = {
     # mean over all tokens of the step, as in TRL (DAPO, arXiv 2503.14476: over all tokens of a group)
     "dapo": lambda lengths, limit: torch.full_like(lengths, 1 / lengths.sum()),
 }
+
+
+def weigh_tokens(lengths, finished, cfg):
+    """(N,) lengths of the step's rows, (N,) bool -> (N,) what a token of each row counts in the loss."""
+    lengths = lengths.double()
+    if not cfg.mask_truncated_completions:
+        return LOSS_TYPES[cfg.loss_type](lengths, cfg.max_completion_length)
+    kept = lengths * finished  # a row of length 0 has no token to weigh
+    return LOSS_TYPES[cfg.loss_type](kept.clamp(min=1e-9), cfg.max_completion_length) * finished
 
 
 def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, token_weights,
@@ -612,18 +752,27 @@ def group_chunks(rollout, group, cfg):
         yield rows, rollout.completion_ids[rows, :C], rollout.completion_mask[rows, :C]
 
 
+def pad_chunks(found, num_processes):
+    """The chunks of a group, and as many empty ones as make every process run the model equally often: with
+    sharded weights each forward is a meeting of all, and whoever stays away leaves the others waiting."""
+    most = max(gather_object([len(found)])) if num_processes > 1 else len(found)
+    rows, ids, mask = found[0]
+    return found + [(rows[:1], ids[:1, :1], torch.zeros_like(mask[:1, :1]))] * (most - len(found))
+
+
 @torch.no_grad()
 def score_rollout(policy, prompts, rollout, cfg):
     """(N, C) log-probabilities of the rollout, without gradient: what the reference model makes of it."""
     per_token_logps = torch.zeros_like(rollout.sampling_logps)
     for group, prompt in enumerate(prompts):
-        prompt_kv = policy(prompt)
+        prompt_kv, _ = policy(prompt)
         for rows, ids, mask in group_chunks(rollout, group, cfg):
             per_token_logps[rows, :ids.shape[1]] = policy(prompt, prompt_kv, ids, mask)[0]
     return per_token_logps
 
 
-def update(policy, prompts, rollout, advantages, ref_per_token_logps, old_per_token_logps, cfg):
+def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_logps, old_per_token_logps, cfg,
+           num_processes=1):
     """Leave the gradient of the step's loss in the policy, by a backward in two stages:
 
     1. Chunk by chunk, forward and backward from the prompt's keys and values only, detached: their
@@ -632,29 +781,35 @@ def update(policy, prompts, rollout, advantages, ref_per_token_logps, old_per_to
 
     This is the chain rule, cut at the keys and values; it is exact, and its memory does not grow with G.
 
-    old_per_token_logps: (N, C), or None in the first pass over a rollout, in which pi_old is pi.
-    Returns the log-probabilities of this pass (N, C), and sums over all tokens for the log.
+    advantages, token_weights: (N,). old_per_token_logps: (N, C), or None in the first pass over a rollout, in
+    which pi_old is pi. Returns the log-probabilities of this pass (N, C), and sums over all tokens to log.
     """
     per_token_logps = torch.zeros_like(rollout.sampling_logps)
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip"), 0.0)
-    lengths = rollout.completion_mask.sum(1).to(per_token_logps.dtype)                            # (N,)
-    token_weights = LOSS_TYPES[cfg.loss_type](lengths, cfg.max_completion_length)                 # (N,)
     for group, prompt in enumerate(prompts):
-        prompt_kv = policy(prompt)
-        leaves = [[x.detach().requires_grad_() for x in kv] for kv in prompt_kv]
-        for rows, ids, mask in group_chunks(rollout, group, cfg):
+        prompt_kv, last_hidden = policy(prompt)
+        # the sum over chunks is kept in float32, whatever the keys and values are computed in
+        leaves = [[x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for x in kv]
+                  for kv in prompt_kv]
+        for rows, ids, mask in pad_chunks(list(group_chunks(rollout, group, cfg)), num_processes):
             C = ids.shape[1]
-            logps, entropy = policy(prompt, leaves, ids, mask)                                    # (R, C)
+            leaf_kv = [[leaf.to(x.dtype) for leaf, x in zip(*pair)] for pair in zip(leaves, prompt_kv)]
+            logps, entropy = policy(prompt, leaf_kv, ids, mask)                                   # (R, C)
             old = logps.detach() if old_per_token_logps is None else old_per_token_logps[rows, :C]
             ref = ref_per_token_logps[rows, :C] if cfg.beta > 0 else None
             loss, kl, clipped = grpo_loss(logps, old, ref, advantages[rows], token_weights[rows], mask,
                                           cfg.epsilon, cfg.epsilon_high, cfg.beta)
-            loss.backward()                                                                       # stage 1
-            per_token_logps[rows, :C] = logps.detach()
+            # FSDP averages gradients over processes; token_weights count all processes' rows, so: a sum
+            (loss * num_processes).backward()                                                     # stage 1
+            per_token_logps[rows, :C] += logps.detach()
             for name, values in dict(loss=loss, entropy=entropy, kl=kl * mask, clip=clipped * mask).items():
                 sums[name] += values.sum().item()
-        torch.autograd.backward([x for kv in prompt_kv for x in kv],
-                                [x.grad for kv in leaves for x in kv])                            # stage 2
+        ends = [x for kv in prompt_kv for x in kv]
+        gradients = [leaf.grad.to(x.dtype) for leaf, x in zip((x for kv in leaves for x in kv), ends)]
+        if num_processes > 1:  # FSDP gathers a layer's weights when the gradient of its output
+            ends.append(last_hidden)       # arrives; the last layer's is 0 here, but it has to arrive
+            gradients.append(torch.zeros_like(last_hidden))
+        torch.autograd.backward(ends, gradients)                                                  # stage 2
     return per_token_logps, sums
 
 
@@ -715,7 +870,7 @@ def open_image(image, where, decode=True):
         fail(f"{where}: its image cannot be read ({error}); remove the row (prepare_sat.py would)")
 
 
-def load_data(cfg, template, tokenizer, image_processor):
+def load_data(cfg, template, tokenizer, image_processor, num_processes=1):
     """-> `datasets` table, its path, and the numbers of the rows whose prompt fits max_prompt_length."""
     import datasets
     datasets.disable_progress_bars()
@@ -731,8 +886,11 @@ def load_data(cfg, template, tokenizer, image_processor):
     data = data.cast_column("images", datasets.List(datasets.Image(decode=False)))
 
     def prompt_length(number, row):
-        if not (row["question"] and row["options"] and row["answer"] in row["options"]):
-            fail(f"{path}, row {number}: question or options are empty, or the answer is not an option")
+        if not (row["question"] and row["answer"] and row["answer"] in (row["options"] or [row["answer"]])):
+            fail(f"{path}, row {number}: question or answer is empty, or the answer is not an option")
+        if num_processes > 1 and not row["images"]:
+            fail(f"{path}, row {number} has no image, which only one process can train on: the processes "
+                 "share the image tower's work, and all have to take part")
         sizes = [open_image(image, f"{path}, row {number}", decode=False).size
                  for image in row["images"] or []]
         tokens = [image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
@@ -767,6 +925,8 @@ def choose_output_dir(cfg):
     path, n = Path(cfg.output_dir or f"runs/{cfg.preset}"), 1
     if cfg.overwrite and path.exists() and not (path / "config.json").exists():
         fail(f"--overwrite: {path} is not the folder of a run; delete it yourself if you mean it")
+    if cfg.resume and not (path / "config.json").exists():
+        fail(f"--resume: {path} is not the folder of a run; start without --resume")
     while path.exists() and not (cfg.resume or cfg.overwrite):
         if cfg.output_dir:
             fail(f"--output_dir {path} exists; --resume goes on with it, --overwrite deletes it")
@@ -774,25 +934,10 @@ def choose_output_dir(cfg):
     return path
 
 
-def last_checkpoint(output_dir):
-    """-> folder and step of the newest checkpoint-N; by `save_model`, whatever has that name is complete."""
-    steps = [int(path.name[11:]) for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-    if not steps:
-        fail(f"--resume: {output_dir} has no checkpoint; start without --resume")
-    return output_dir / f"checkpoint-{max(steps)}", max(steps)
-
-
-def save_model(folder, model, tokenizer, image_processor, state=None):
-    """A plain model directory, and in state/ what resuming needs. It gets its name only when complete."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    for part in (model, tokenizer, image_processor):
-        part.save_pretrained(temporary)
-    if state is not None:
-        (temporary / "state").mkdir()
-        torch.save(state, temporary / "state" / "trainer.pt")
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+def checkpoints(output_dir):
+    """-> its complete checkpoint-N folders, oldest first; `save_model` gives them the name when they are."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def append_jsonl(path, records):
@@ -803,151 +948,324 @@ def append_jsonl(path, records):
 def cut_jsonl(path, step):
     """Drop what came after `step`, and a line that a killed run left half: a resumed run writes it again."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    path.write_text("".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+    write_whole(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
 
 
-# ---- The main loop ---------------------------------------------------------------------------------------
+def write_whole(path, text):
+    """The file has the text, or is as it was, whenever the program is killed."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    partial.replace(path)
 
-def main(argv=None):
-    import eval_cvbench  # draws and evaluates; it imports this module, so not before this module is whole
-    cfg = parse_config(argv)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    output_dir = choose_output_dir(cfg)
+
+# ---- One process or many ---------------------------------------------------------------------------------
+
+def make_accelerator(cfg):
+    """One process: float32 weights, no wrapper (on a GPU, bf16 autocast). Several, of whatever device: FSDP2,
+    which shards float32 weights, gradients and optimizer state, and computes in bf16 on GPUs.
+
+    bf16 by hand because accelerate's "bf16" policy would also reduce gradients in bf16. Outputs need no
+    cast: `token_logps` makes them float32.
+    """
     try:
-        accelerator = Accelerator(log_with=cfg.log_with, project_dir=output_dir,
-                                  mixed_precision="bf16" if torch.cuda.is_available() else "no")
+        accelerator = Accelerator(log_with=cfg.log_with,
+                                  mixed_precision="bf16" if torch.cuda.is_available() else None)
     except ValueError as error:
         fail(f"--log_with {cfg.log_with}: {error}")
     if cfg.log_with and not accelerator.log_with:
         fail(f"--log_with {cfg.log_with}: install that package first")
-    rank, device = accelerator.process_index, accelerator.device
+    if cfg.prompts_per_step % accelerator.num_processes:
+        fail(f"--prompts_per_step {cfg.prompts_per_step} cannot be shared by {accelerator.num_processes} "
+             "processes; choose a multiple of them")
     if accelerator.num_processes > 1:
-        fail("this version trains on one process; start it with `accelerate launch --num_processes 1`")
-    if cfg.data == Config.data and not Path(cfg.data).exists() and accelerator.is_main_process:
+        bf16 = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        bf16 = bf16 if accelerator.mixed_precision == "bf16" else {}
+        # set here and not by an argument, which accelerate heeds on GPUs only: a CPU would get DDP
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
+            transformer_cls_names_to_wrap=["Qwen2VLDecoderLayer", "Qwen2VLVisionBlock"],
+            mixed_precision_policy=MixedPrecisionPolicy(**bf16))
+    return accelerator
+
+
+@torch.no_grad()
+def refresh(sampler, policy):
+    """Copy the policy's weights, sharded or not, into the sampler."""
+    for copy, weight in zip(sampler.parameters(), policy.model.parameters(), strict=True):
+        if copy is not weight:
+            copy.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+
+
+def save_model(folder, run, with_state=False):
+    """A plain model directory, and in state/ what resuming needs beside it. All processes take part. The
+    folder gets its name only when it is complete."""
+    temporary, main = folder.with_name(folder.name + ".tmp"), run.accelerator.is_main_process
+    alone = run.accelerator.num_processes == 1
+    try:
+        if main:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+        run.accelerator.wait_for_everyone()
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(run.policy, options=options)  # whole, on the main process
+        if main:
+            weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+            if run.policy.model.config.tie_word_embeddings:
+                del weights["lm_head.weight"]  # the same as the embedding, which is saved once
+            run.policy.model.save_pretrained(temporary, state_dict=weights)
+            run.tokenizer.save_pretrained(temporary)
+            run.image_processor.save_pretrained(temporary)
+        if with_state:
+            state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
+            distributed_checkpoint.save(state, checkpoint_id=temporary / "state", no_dist=alone)
+    except Exception as error:  # a full disk comes as OSError, SafetensorError or CheckpointException
+        shutil.rmtree(temporary, ignore_errors=True)
+        reason = str(error).strip().splitlines()[-1]
+        last = (checkpoints(run.output_dir) or ["no checkpoint yet"])[-1]
+        fail(f"{folder} could not be saved ({reason}); what was there before is whole ({last}): make room, "
+             f"then go on with --resume --output_dir {run.output_dir}")
+    run.accelerator.wait_for_everyone()
+    if main:
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+
+
+def load_optimizer(folder, run):
+    """state/ of a checkpoint -> the optimizer, however many processes saved it."""
+    state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
+    distributed_checkpoint.load(state, checkpoint_id=folder / "state",
+                                no_dist=run.accelerator.num_processes == 1)
+    set_optimizer_state_dict(run.policy, run.optimizer, state["optimizer"])
+
+
+def setup(cfg):
+    """-> all that a run works with, in one namespace (see its end), and the number of steps already done."""
+    import eval_cvbench
+    accelerator = make_accelerator(cfg)
+    rank, device = accelerator.process_index, accelerator.device
+    bf16, single = accelerator.mixed_precision == "bf16", accelerator.num_processes == 1
+    output_dir, = broadcast_object_list([choose_output_dir(cfg) if rank == 0 else None])
+    if cfg.data == Config.data and not Path(cfg.data).exists() and rank == 0:
         import prepare_sat  # draws the toy world and trains its base model: some minutes, once
         prepare_sat.make_toy(cfg.data)
     accelerator.wait_for_everyone()
 
-    start, done = last_checkpoint(output_dir) if cfg.resume else (cfg.model_name_or_path, 0)
+    last = checkpoints(output_dir)[-1:] if cfg.resume else []
+    start, done = (last[0], int(last[0].name[11:])) if last else (cfg.model_name_or_path, 0)
     tokenizer, image_processor = load_processors(start, cfg.min_pixels, cfg.max_pixels)
     template = choose_prompt(tokenizer, cfg.prompt)
-    data, data_path, kept = load_data(cfg, template, tokenizer, image_processor)
+    data, data_path, kept = load_data(cfg, template, tokenizer, image_processor, accelerator.num_processes)
+    if cfg.algorithm == "sft" and "completion" not in data.column_names:
+        template += "-direct"  # nothing but the answer to learn
+    eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
+
+    # up to three copies of the weights: the policy's in float32, because in bf16 an update of 1e-6 would be
+    # rounded away; plain ones for sampler and reference, in bf16 on a GPU. Alone on a CPU, the policy samples
     model = load_model(start, cfg.attn_implementation).to(device)
     set_threads(model)
-    suppressed, eos_ids = suppressed_tokens(model, tokenizer), end_tokens(tokenizer)
-    policy = Policy(model, cfg.temperature, suppressed)
-    if cfg.beta > 0:
-        frozen = load_model(cfg.model_name_or_path, cfg.attn_implementation).to(device).requires_grad_(False)
-        reference = Policy(frozen, cfg.temperature, suppressed)
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
+    suppressed = suppressed_tokens(model, tokenizer)                                              # (V,)
+    if cfg.algorithm == "sft":
+        suppressed = torch.zeros_like(suppressed)  # plain cross-entropy, over all the vocabulary
+    towers = dict(vision=[model.model.visual], llm=[model.model.language_model, model.lm_head])
+    for tower in towers.get(cfg.freeze, []):
+        tower.requires_grad_(False)
+    plain = lambda path: load_model(path, dtype=torch.bfloat16 if bf16 else torch.float32).to(device)
+    sampler = model if single and not bf16 else plain(start).requires_grad_(False)
+    reference = plain(cfg.model_name_or_path).requires_grad_(False) if cfg.beta > 0 else None
+    policy = Policy(model, cfg.temperature, suppressed, autocast=single and bf16)
+    optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
+                                  lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
+    if not single:
+        policy, optimizer = accelerator.prepare(policy, optimizer)
+        optimizer = optimizer.optimizer  # itself, which torch.distributed.checkpoint knows
+        if not all(isinstance(weight, DTensor) for weight in policy.parameters()):
+            fail("several processes, but the weights are not sharded; install the accelerate of "
+                 "requirements.txt")
 
-    eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
-    if cfg.overwrite and not cfg.resume:
-        shutil.rmtree(output_dir, ignore_errors=True)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if cfg.resume:
-        optimizer.load_state_dict(torch.load(start / "state" / "trainer.pt")["optimizer"])
+    run = SimpleNamespace(
+        cfg=cfg, accelerator=accelerator, output_dir=output_dir, tokenizer=tokenizer,
+        image_processor=image_processor, template=template, data=data, data_path=data_path, kept=kept,
+        policy=policy, sampler=sampler, optimizer=optimizer, suppressed=suppressed,
+        reference=reference and Policy(reference, cfg.temperature, suppressed),
+        eos_ids=end_tokens(tokenizer), eval_sets=eval_sets)
+    if rank == 0:
+        if cfg.overwrite and not cfg.resume:
+            shutil.rmtree(output_dir, ignore_errors=True)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_whole(output_dir / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2))
         for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):
-            cut_jsonl(output_dir / name, done)
-    (output_dir / "config.json").write_text(json.dumps(dataclasses.asdict(cfg), indent=2))
+            cut_jsonl(output_dir / name, done or -1)  # the evaluation before the first step is step 0
+    if done:
+        load_optimizer(start, run)
+    accelerator.project_configuration.set_directories(str(output_dir))
     accelerator.init_trackers("grpo_vision", config=dataclasses.asdict(cfg))
-    B, G = cfg.prompts_per_step // accelerator.num_processes, cfg.num_generations  # B is this process's share
-    print(f"{output_dir}: {sum(p.numel() for p in model.parameters()) / 1e6:.1f}M parameters on {device}, "
-          f"{len(kept)} questions, {cfg.prompts_per_step} prompts x {G} completions per step")
+    accelerator.print(
+        f"{output_dir}: {sum(x.numel() for x in sampler.parameters()) / 1e6:.1f}M parameters, {len(kept)} "
+        f"questions, prompt: {template}, steps {done + 1} to {cfg.max_steps}\n{accelerator.num_processes} x "
+        f"{device.type}, {'no wrapper' if single else 'FSDP2'}, weights float32, computing in "
+        f"{'bf16' if bf16 else 'float32'}, attention: {cfg.attn_implementation}")
+    return run, done
 
-    if cfg.eval_steps and not cfg.resume:
-        eval_cvbench.track(output_dir, 0, model, tokenizer, image_processor, eval_sets, template,
-                           cfg.max_completion_length)
-    progress = tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps)
+
+# ---- The main loop ---------------------------------------------------------------------------------------
+
+def draw_batch(run, cfg, step):
+    """This process's share of the step's B questions -> row numbers, rows (dicts), Prompts."""
+    B, rank = cfg.prompts_per_step // run.accelerator.num_processes, run.accelerator.process_index
+    numbers = draw(run.kept, cfg.seed, step * cfg.prompts_per_step + rank * B, B)
+    rows, prompts = [run.data[i] for i in numbers], []
+    for i, row in zip(numbers, rows):
+        images = [open_image(image, f"{run.data_path}, row {i}") for image in row["images"] or []]
+        text = row_text(row, run.template, run.tokenizer)
+        prompts.append(build_prompt(text, images, run.tokenizer, run.image_processor, run.sampler))
+        if cfg.freeze == "vision" and images:  # once per step, for sampler, reference and policy together
+            with torch.no_grad():
+                prompts[-1].image_features = run.sampler.model.get_image_features(
+                    prompts[-1].pixel_values, prompts[-1].image_grid_thw)
+    return numbers, rows, prompts
+
+
+def given_completions(run, cfg, rows, prompts):
+    """SFT: the data's completions, or else its answers, stand where the samples would -> Rollout."""
+    ids = []
+    for row, prompt in zip(rows, prompts):
+        text = row.get("completion") or row["answer"]
+        if prompt.text.endswith("<think>"):
+            text = text.removeprefix("<think>")
+        ids.append(torch.tensor(run.tokenizer(text).input_ids + run.eos_ids[:1])[:cfg.max_completion_length])
+    lengths = torch.tensor([len(x) for x in ids])
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=run.eos_ids[0])         # (N, C)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    finished = ids[torch.arange(len(ids)), lengths - 1] == run.eos_ids[0]
+    found = (ids, mask, torch.zeros(ids.shape), finished)
+    return Rollout(*(x.to(run.accelerator.device) for x in found))
+
+
+def train_step(run, cfg, step):
+    """The recipe, once -> metrics, and the step's completions (of all processes) to be logged."""
+    accelerator, G, clock = run.accelerator, cfg.num_generations, [time.perf_counter()]
+    # 1. B questions and their images, in the prompt template
+    numbers, rows, prompts = draw_batch(run, cfg, step)
+    # 2. G completions of each
+    if cfg.algorithm == "sft":
+        rollout = given_completions(run, cfg, rows, prompts)
+    else:
+        generator = torch.Generator(accelerator.device)
+        generator.manual_seed(seeded(cfg.seed, "sample", step, accelerator.process_index).getrandbits(63))
+        rollout = sample(run.sampler, prompts, G, cfg.max_completion_length, cfg.temperature, run.suppressed,
+                         run.eos_ids, generator)
+    lengths = rollout.completion_mask.sum(1)                                                      # (N,)
+    texts = [completion_text(prompts[i // G].text, ids[mask], run.tokenizer)
+             for i, (ids, mask) in enumerate(zip(rollout.completion_ids, rollout.completion_mask))]
+    clock.append(time.perf_counter())
+    # 3. their rewards
+    names = cfg.rewards.split(",") if cfg.algorithm == "grpo" else []
+    rewards = compute_rewards(names, texts, lengths.tolist(), [row for row in rows for _ in range(G)])
+    reward = sum(rewards.values(), torch.zeros(len(texts))).to(accelerator.device)                # (N,)
+    # 4. their advantages; a given completion is simply good
+    advantages = (group_advantages(reward, G, cfg.scale_rewards) if cfg.algorithm == "grpo"
+                  else torch.ones_like(reward))                                                   # (N,)
+    # 5. the frozen start's log-probabilities; the policy's own come with the update
+    ref_logps = score_rollout(run.reference, prompts, rollout, cfg) if cfg.beta > 0 else None     # (N, C)
+    clock.append(time.perf_counter())
+    # 6. the update
+    everyones = weigh_tokens(accelerator.gather(lengths), accelerator.gather(rollout.finished), cfg)
+    token_weights = everyones.chunk(accelerator.num_processes)[accelerator.process_index].float() # (N,)
+    run.optimizer.param_groups[0]["lr"] = learning_rate = cfg.learning_rate * (1 - step / cfg.max_steps)
+    old_logps = None
+    for _ in range(cfg.num_iterations):
+        logps, sums = update(run.policy, prompts, rollout, advantages, token_weights, ref_logps, old_logps,
+                             cfg, accelerator.num_processes)
+        old_logps = logps if old_logps is None else old_logps                                     # (N, C)
+        norm = accelerator.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if math.isfinite(grad_norm):
+            run.optimizer.step()
+        run.optimizer.zero_grad()
+    refresh(run.sampler, run.policy)
+    clock.append(time.perf_counter())
+
+    sums["nll"] = -old_logps.sum().item()
+    sums["mismatch"] = ((old_logps - rollout.sampling_logps) * rollout.completion_mask).abs().max().item()
+    samples = [{"step": step + 1, "row": numbers[i // G], "prompt": prompts[i // G].text, "completion": text,
+                "answer": rows[i // G]["answer"], "length": int(lengths[i]),
+                "finished": bool(rollout.finished[i]),
+                **{f"rewards/{name}": r[i].item() for name, r in rewards.items()},
+                "reward": reward[i].item(), "advantage": advantages[i].item()}
+               for i, text in enumerate(texts)]
+    samples, sums = gather_object(samples), gather_object([sums])
+    return {**summarise(samples, sums, cfg), "grad_norm": grad_norm, "learning_rate": learning_rate,
+            **{f"seconds/{phase}": end - begin for phase, begin, end in
+               zip(("rollout", "reference", "update"), clock, clock[1:])}}, samples
+
+
+def summarise(samples, sums, cfg):
+    """A step's completions (records) and each process's sums over their tokens -> metrics."""
+    average = lambda name: statistics.mean(sample[name] for sample in samples)
+    total = lambda name: sum(part[name] for part in sums)
+    groups = list(zip(*[iter(sample["reward"] for sample in samples)] * cfg.num_generations))
+    tokens = sum(sample["length"] for sample in samples)
+    metrics = {
+        "step": samples[0]["step"], "loss": total("loss"), "reward": average("reward"),
+        "reward_std": statistics.mean(statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups),
+        **{name: average(name) for name in samples[0] if name.startswith("rewards/")},
+        "completions/mean_length": tokens / len(samples),
+        "completions/clipped_ratio": 1 - average("finished"),
+        "frac_reward_zero_std": statistics.mean(max(group) == min(group) for group in groups),
+        "kl": total("kl") / tokens, "entropy": total("entropy") / tokens,
+        "clip_ratio": total("clip") / tokens,
+        "sampler_mismatch": max(part["mismatch"] for part in sums)}
+    if cfg.algorithm == "sft":
+        del metrics["sampler_mismatch"]  # nothing was sampled
+        metrics["nll"] = total("nll") / tokens
+    return metrics
+
+
+def main(argv=None):
+    import eval_cvbench  # draws and evaluates; it imports this module, so not before this module is whole
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, and meant so
+    run, done = setup(parse_config(argv))
+    cfg, folder, is_main = run.cfg, run.output_dir, run.accelerator.is_main_process
+    if cfg.eval_steps and not done:
+        eval_cvbench.track(run, 0)
+    stop_asked = []  # Ctrl-C and SIGTERM let the step end and save; a second one ends the program
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: (stop_asked.append(1), signal.signal(number, signal.SIG_DFL)))
+
+    progress = tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
+                    disable=not is_main)
     for step in progress:
-        clock = [time.perf_counter()]
-        # 1. B questions and their images, in the prompt template
-        numbers = draw(kept, cfg.seed, step * cfg.prompts_per_step + rank * B, B)
-        rows = [data[i] for i in numbers]
-        prompts = []
-        for i, row in zip(numbers, rows):
-            images = [open_image(image, f"{data_path}, row {i}") for image in row["images"] or []]
-            text = row_text(row, template, tokenizer)
-            prompts.append(build_prompt(text, images, tokenizer, image_processor, model))
-        # 2. G completions of each
-        generator = torch.Generator(device)
-        generator.manual_seed(seeded(cfg.seed, "sample", step, rank).getrandbits(63))
-        with accelerator.autocast():
-            rollout = sample(model, prompts, G, cfg.max_completion_length, cfg.temperature, suppressed,
-                             eos_ids, generator)
-        lengths = rollout.completion_mask.sum(1).tolist()
-        texts = [completion_text(prompts[i // G].text, rollout.completion_ids[i, :lengths[i]], tokenizer)
-                 for i in range(B * G)]
-        clock.append(time.perf_counter())
-        # 3. their rewards
-        rewards = {name: torch.tensor([REWARDS[name](text, num_tokens=lengths[i], **rows[i // G])
-                                       for i, text in enumerate(texts)])
-                   for name in cfg.rewards.split(",")}                                            # each (N,)
-        reward = sum(rewards.values()).to(device)                                                 # (N,)
-        # 4. their advantages
-        advantages = group_advantages(reward, G, cfg.scale_rewards)                               # (N,)
-        # 5. the frozen start's log-probabilities; the policy's own come with the update
-        ref_logps = None
-        if cfg.beta > 0:
-            with accelerator.autocast():
-                ref_logps = score_rollout(reference, prompts, rollout, cfg)                       # (N, C)
-        clock.append(time.perf_counter())
-        # 6. the update
-        old_logps = None
-        optimizer.param_groups[0]["lr"] = learning_rate = cfg.learning_rate * (1 - step / cfg.max_steps)
-        for _ in range(cfg.num_iterations):
-            logps, sums = update(policy, prompts, rollout, advantages, ref_logps, old_logps, cfg)
-            old_logps = logps if old_logps is None else old_logps                                 # (N, C)
-            grad_norm = float(accelerator.clip_grad_norm_(policy.parameters(), cfg.max_grad_norm))
-            if not (sane := math.isfinite(sums["loss"]) and math.isfinite(grad_norm)):
-                break
-            optimizer.step()
-            optimizer.zero_grad()
-        clock.append(time.perf_counter())
-
-        samples = [{"step": step + 1, "row": numbers[i // G], "prompt": prompts[i // G].text,
-                    "completion": text, "answer": rows[i // G]["answer"], "length": lengths[i],
-                    **{f"rewards/{name}": r[i].item() for name, r in rewards.items()},
-                    "reward": reward[i].item(), "advantage": advantages[i].item()}
-                   for i, text in enumerate(texts)]
-        if not sane:
-            append_jsonl(output_dir / "bad_batch.jsonl", samples)
-            fail(f"step {step + 1}: loss {sums['loss']}, gradient norm {grad_norm}; lower --learning_rate "
-                 f"and --resume from the last checkpoint; {output_dir}/bad_batch.jsonl has the batch")
-        mismatch = (old_logps - rollout.sampling_logps) * rollout.completion_mask
-        phases, tokens = ("rollout", "reference", "update"), sum(lengths)
-        metrics = {
-            "step": step + 1, "loss": sums["loss"], "reward": reward.mean().item(),
-            "reward_std": reward.view(B, G).std(1).mean().item(),
-            **{f"rewards/{name}": r.mean().item() for name, r in rewards.items()},
-            "completions/mean_length": tokens / len(texts),
-            "completions/clipped_ratio": 1 - rollout.finished.float().mean().item(),
-            "frac_reward_zero_std": (advantages.view(B, G) == 0).all(1).float().mean().item(),
-            "kl": sums["kl"] / tokens, "entropy": sums["entropy"] / tokens,
-            "clip_ratio": sums["clip"] / tokens, "grad_norm": grad_norm, "learning_rate": learning_rate,
-            "sampler_mismatch": mismatch.abs().max().item(),
-            **{f"seconds/{phase}": end - begin for phase, begin, end in zip(phases, clock, clock[1:])},
-        }
-        append_jsonl(output_dir / "metrics.jsonl", [metrics])
-        append_jsonl(output_dir / "completions.jsonl", samples)
-        accelerator.log(metrics, step=step + 1)
-        progress.write(f"step {step + 1:4d}  reward {reward.mean():.2f}  "
-                       + "  ".join(f"{name} {r.mean():.2f}" for name, r in rewards.items())
-                       + f"  length {tokens / len(texts):.1f}  kl {metrics['kl']:.3f}"
-                       + f"  {clock[-1] - clock[0]:.1f} s")
-        if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or step + 1 == cfg.max_steps):
-            eval_cvbench.track(output_dir, step + 1, model, tokenizer, image_processor, eval_sets, template,
-                               cfg.max_completion_length)
-            eval_cvbench.show(output_dir, data)  # the picture and the page, so far
-        if (step + 1) % cfg.save_steps == 0 or step + 1 == cfg.max_steps:
-            save_model(output_dir / f"checkpoint-{step + 1}", model, tokenizer, image_processor,
-                       state={"optimizer": optimizer.state_dict()})
-    save_model(output_dir / "final", model, tokenizer, image_processor)
-    accelerator.end_training()
-    eval_cvbench.show(output_dir, data)
-    eval_cvbench.report(output_dir)
+        metrics, samples = train_step(run, settings_at(cfg, step), step)
+        if not math.isfinite(metrics["grad_norm"]):
+            append_jsonl(folder / "bad_batch.jsonl", samples if is_main else [])
+            fail(f"step {step + 1}: gradient norm {metrics['grad_norm']}; lower --learning_rate and --resume "
+                 f"from the last checkpoint; the batch is in {folder}/bad_batch.jsonl")
+        if is_main:
+            append_jsonl(folder / "metrics.jsonl", [metrics])
+            append_jsonl(folder / "completions.jsonl", samples)
+            progress.write(eval_cvbench.live_line(metrics))
+        run.accelerator.log(metrics, step=step + 1)
+        last = step + 1 == cfg.max_steps
+        if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or last):
+            eval_cvbench.track(run, step + 1)
+        stopping = any(gather_object([bool(stop_asked)]))
+        if (step + 1) % cfg.save_steps == 0 or last or stopping:
+            save_model(folder / f"checkpoint-{step + 1}", run, with_state=True)
+            if cfg.save_total_limit and is_main:
+                for old in checkpoints(folder)[:-cfg.save_total_limit]:
+                    shutil.rmtree(old)
+        if stopping and not last:
+            run.accelerator.print(f"stopped after step {step + 1}, which is saved; go on with:\n"
+                                  f"    python grpo_vision.py --resume --output_dir {folder}")
+            return run.accelerator.end_training()
+    save_model(folder / "final", run)
+    run.accelerator.end_training()
+    if is_main:
+        eval_cvbench.show(folder, run.data)
+        eval_cvbench.report(folder)
 
 
 if __name__ == "__main__":

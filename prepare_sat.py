@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Prepare the training data: the real one (SAT), or a toy world small enough for a laptop.
+"""Prepare the training data: the real one (SAT), your own, or a toy world small enough for a laptop.
 
     python prepare_sat.py                      # download array/SAT (4.6 GB), keep 15,000 rows -> data/sat/
     python prepare_sat.py --parquet FILE       # the same from a file that is already here
-    python prepare_sat.py --toy                # draw a toy world and train its base model     -> data/toy/
+    python prepare_sat.py --from FILE_OR_ID    # your own questions: Parquet, JSON, folder, hub -> data/own/
+    python prepare_sat.py --sharegpt FILE      # chains of thought for a cold start             -> data/cold/
+    python prepare_sat.py --toy                # draw a toy world and train its base model      -> data/toy/
 
-Both write `train.parquet` with one question per row: images (list of Image), question, options (list of
-text), answer (one of the options), question_type and source_row. The toy also gets a held-out `test.parquet`,
+All write `train.parquet` with one question per row: images (list of Image), question, options (list of text;
+empty: the answer is free), answer (one of the options), question_type, source_row (its number in the source)
+and, where the source has it, completion (what to say, for SFT). The toy also gets a held-out `test.parquet`,
 a test set in CV-Bench's format, and `base/`: a tiny Qwen2-VL that can reason, but mostly does not.
 """
 import argparse
@@ -15,9 +18,10 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 from collections import Counter, namedtuple
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -28,11 +32,13 @@ from datasets import Features, Image, List, Value
 from PIL import Image as Picture, ImageDraw
 from tqdm import tqdm
 
-from grpo_vision import BASE_PROMPT, IMAGE_TOKENS, build_question, fail, patch_embed_as_matmul, set_threads
+from grpo_vision import (BASE_PROMPT, IMAGE_TOKENS, WELL_FORMED, build_question, extract_answer, fail,
+                         patch_embed_as_matmul, set_threads)
 
 TEXT, TEXTS = Value("string"), List(Value("string"))
 SAT_FEATURES = Features({"images": List(Image()), "question": TEXT, "options": TEXTS, "answer": TEXT,
                          "question_type": TEXT, "source_row": Value("int64")})
+CHAIN_FEATURES = Features({**SAT_FEATURES, "completion": TEXT})
 
 
 def write_parquet(path, rows, features, rows_per_group=100):
@@ -56,47 +62,157 @@ def write_parquet(path, rows, features, rows_per_group=100):
 
 
 # --------------------------------------------------------------------------------------------------------
-# The real thing: SAT
+# The real thing: SAT, chains of thought, your own data. One row in, one row out or the reason why not
 # --------------------------------------------------------------------------------------------------------
-SAT_COLUMNS = ["question", "answers", "question_type", "correct_answer"]
+COLUMN_NAMES = {"images": ("images", "image", "image_bytes"),  # our column: its usual names, the first wins
+                "question": ("question", "problem", "prompt"),
+                "answer": ("answer", "solution", "correct_answer"),
+                "options": ("options", "choices", "answers"),
+                "question_type": ("question_type",), "completion": ("completion",)}
 
 
-def read_sat_parquet(path):
-    """Yield the rows of SAT's own file, a few at a time: the file is one huge row group of image bytes, which
+class Skip(Exception):
+    """Why a row is not kept."""
+
+
+def require(condition, reason):
+    if not condition:
+        raise Skip(reason)
+
+
+def read_json(path):
+    """A JSON list, or JSON Lines -> list of rows, as they are: `datasets` would force one type on all."""
+    try:
+        text = Path(path).read_text("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        fail(f"{path} cannot be read as JSON: {error}")
+    whole, rows = text.lstrip().startswith("["), []
+    for number, part in enumerate([text] if whole else text.split("\n"), 1):
+        try:
+            rows += json.loads(part) if whole else [json.loads(part)] if part.strip() else []
+        except json.JSONDecodeError as error:
+            line = number + error.lineno - 1
+            fail(f"{path}, line {line}: neither a JSON list nor JSON Lines ({error.msg}).")
+    return rows
+
+
+def read_parquet(path):
+    """-> the columns, and the rows a few at a time: SAT's file is one huge row group of image bytes, which
     `load_dataset` cannot read and memory may not hold."""
-    if not Path(path).is_file():
-        fail(f"{path} does not exist: give --parquet the path of SAT_train.parquet, or none to download it.")
     try:
         file = pq.ParquetFile(path)
     except pa.ArrowInvalid as error:
-        fail(f"{path} is not a Parquet file ({error}): download SAT_train.parquet again.")
-    columns = ["image_bytes", *SAT_COLUMNS]
-    check_columns(path, file.schema_arrow.names, columns)
-    for batch in file.iter_batches(batch_size=16, columns=columns):
-        yield from batch.to_pylist()
+        fail(f"{path} is neither a Parquet file ({error}) nor named .json or .jsonl.")
+    return file.schema_arrow.names, itertools.chain.from_iterable(
+        batch.to_pylist() for batch in file.iter_batches(batch_size=16))
 
 
-def read_sat_dataset(name):
-    """Yield the same rows from `array/SAT-v2`, or from a local folder or Parquet file with its columns."""
+def read_data(name):
+    """A Parquet, JSON or JSON Lines file, a folder, or a hub data set -> its columns, its rows and the folder
+    where its image paths start (None: on the hub)."""
+    path = Path(name)
+    if path.is_file() and path.suffix in (".json", ".jsonl"):
+        rows = read_json(path)
+        columns = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
+        return list(columns), rows, path.parent
+    if path.is_file():
+        return *read_parquet(path), path.parent
     from datasets import load_dataset
-    local = Path(name)
     try:
-        if local.is_file():
-            stream = load_dataset("parquet", data_files=str(local), split="train", streaming=True)
-        else:
-            stream = load_dataset(name, split="train", streaming=True)
+        stream = load_dataset(name, split="train", streaming=True).decode(False)  # images stay as they are
     except Exception as error:  # a missing folder, no network, no such data set: to the user all the same
-        fail(f"cannot read {name} ({type(error).__name__}): give --dataset a hub id, folder or file.")
-    check_columns(name, stream.column_names, ["images", *SAT_COLUMNS])
-    for row in stream.cast_column("images", List(Image(decode=False))):
-        images = [image["bytes"] or Path(image["path"]).read_bytes() for image in row.pop("images") or []]
-        yield {**row, "image_bytes": images}
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        fail(f"{name} cannot be read as a file, a folder or a hub data set: {reason}")
+    return stream.column_names, stream, path if path.is_dir() else None
 
 
-def check_columns(name, present, needed):
-    missing = [column for column in needed if column not in (present or [])]
-    if missing:
-        fail(f"{name} has no column {', '.join(missing)}: it needs SAT's columns {', '.join(needed)}.")
+def choose_columns(name, found, flag=""):
+    """What --columns says ("ours=theirs,..."), else the usual names -> {our column: theirs or None}.
+
+    "ours=" says that there is none, whatever the names suggest.
+    """
+    chosen, listed = {}, f"{name} has the columns {', '.join(found) or '(none)'}"
+    for pair in filter(None, flag.split(",")):
+        ours, equals, theirs = pair.partition("=")
+        if ours not in COLUMN_NAMES or not equals or theirs not in ["", *found]:
+            fail(f"--columns {pair}: write OURS=THEIRS, ours being {', '.join(COLUMN_NAMES)}; {listed}.")
+        chosen[ours] = theirs or None
+    for ours, names in COLUMN_NAMES.items():
+        chosen.setdefault(ours, next((theirs for theirs in names if theirs in found), None))
+        if not chosen[ours] and ours in ("images", "question", "answer"):
+            fail(f"{listed}, but none called {' or '.join(names)}: give --columns {ours}=NAME.")
+    return chosen
+
+
+def as_text(value):
+    require(value is None or isinstance(value, (str, int, float)), "odd shape")
+    text = "" if value is None else str(value).strip()
+    require(not re.search("[\ud800-\udfff]", text), "broken text")  # half a surrogate pair: JSON lets it pass
+    return text
+
+
+def load_images(images, folder):
+    """One image or a list of them, each encoded bytes, {"bytes", "path"} or a path -> list of encoded bytes.
+
+    A path counts from `folder` (None: there is none) and must end up in it, links followed.
+    """
+    loaded = []
+    for image in images if isinstance(images, list) else [images] if images else []:
+        if isinstance(image, dict):
+            image = image.get("bytes") or image.get("path")
+        if not isinstance(image, bytes):
+            require(isinstance(image, str) and folder, "missing image")
+            try:
+                path = (Path(folder) / image).resolve()
+                require(path.is_relative_to(Path(folder).resolve()), "image outside its folder")
+                image = path.read_bytes()
+            except (OSError, ValueError):  # not there, a folder, no name for a file
+                raise Skip("missing image") from None
+        loaded.append(image)
+    return loaded
+
+
+def find_answer(answer, options):
+    """-> the text of `answer`, or the option which it names by letter ("B", "(B)") or index (an int, from 0).
+    An option's own text comes first: among "2", "3" and "5", 2 is "2"."""
+    text = as_text(answer)
+    letter = re.fullmatch(r"\(?([A-Z])\)?", text)
+    index = ord(letter[1]) - ord("A") if letter else answer if type(answer) is int else -1  # a bool is none
+    return options[index] if text not in options and 0 <= index < len(options) else text
+
+
+def parse_row(row, columns, folder):
+    """A row of a table, by `columns` of `choose_columns` -> the row that `check` takes."""
+    require(isinstance(row, dict), "odd shape")
+    row = {ours: row.get(theirs) for ours, theirs in columns.items()}
+    require(isinstance(row["options"] or [], list), "options are not a list")
+    options = [as_text(option) for option in row["options"] or []]
+    parsed = dict(images=load_images(row["images"], folder), question=as_text(row["question"]),
+                  options=options, answer=find_answer(row["answer"], options),
+                  question_type=as_text(row["question_type"]) or None)
+    if columns["completion"]:
+        parsed["completion"] = as_text(row["completion"])
+        require(parsed["completion"], "empty completion")
+    return parsed
+
+
+def parse_sharegpt(row, folder):
+    """A row of Vision-R1's cold start: conversations, a list of one {"from": "user", "value": text} and one
+    {"from": "assistant", "value": chain}, and images, paths in `folder` -> the row that `check` takes."""
+    turns = row.get("conversations") if isinstance(row, dict) else None
+    require(isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns), "odd shape")
+    match [(turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))) for turn in turns]:
+        case [("user" | "human", str(question)), ("assistant" | "gpt", str(completion))]:
+            completion = as_text(completion)
+        case _:
+            raise Skip("not one question and one reply")
+    require(re.search("<think>.*</think>", completion, re.DOTALL), "no <think> ... </think>")
+    answer = extract_answer(completion, strict=True)
+    require(answer, "no answer in one <answer> block")
+    require(WELL_FORMED.fullmatch(completion), "text outside <think> and <answer>")  # it would be taught
+    answer = re.sub(r"^final answer\s*:\s*", "", answer, flags=re.IGNORECASE)
+    return dict(images=load_images(row.get("images") or row.get("image"), folder), question=as_text(question),
+                options=[], answer=answer, question_type=None, completion=completion)
 
 
 def decodes(image_bytes):
@@ -107,52 +223,72 @@ def decodes(image_bytes):
         return False
 
 
-def convert(rows, limit, multi_image=False, seed=0, counts=None):
-    """Yield training rows from SAT rows until `limit` are kept; `counts` says what became of each row."""
+def check(row, multi_image):
+    """-> the row as it can be trained on. No options at all: the answer is free text."""
+    question = re.sub(r"\s*<image>\s*", " ", row["question"]).strip()  # some data marks the images' places
+    options = list(dict.fromkeys(filter(None, row["options"])))
+    require(row["images"], "no image")
+    require(multi_image or len(row["images"]) == 1, "several images (--multi_image keeps them)")
+    require(question, "empty question")
+    require(len(options) > 1 or not row["options"], "fewer than two options")
+    require(row["answer"], "empty answer")
+    require(row["answer"] in options or not options, "answer not among the options")
+    require(all(map(decodes, row["images"])), "broken image")
+    images = [{"bytes": image, "path": None} for image in row["images"]]
+    return {**row, "images": images, "question": question, "options": options}
+
+
+def convert(rows, parse, limit=None, multi_image=False, seed=0, counts=None):
+    """Yield training rows until `limit` are kept; `counts` says what became of each raw row."""
     counts = Counter() if counts is None else counts
-    for index, row in enumerate(rows):
-        images, question = row["image_bytes"] or [], (row["question"] or "").strip()
-        answer = (row["correct_answer"] or "").strip()
-        options = list(dict.fromkeys(option.strip() for option in row["answers"] or [] if option))
-        if not images:
-            verdict = "skipped: no image"
-        elif len(images) > 1 and not multi_image:
-            verdict = "skipped: several images"
-        elif not question:
-            verdict = "skipped: empty question"
-        elif len(options) < 2:
-            verdict = "skipped: fewer than two options"
-        elif answer not in options:
-            verdict = "skipped: answer not among the options"
-        elif not all(decodes(image) for image in images):
-            verdict = "skipped: broken image"
-        else:
-            verdict = "kept"
-        counts[verdict] += 1
-        if verdict == "kept":
-            random.Random(f"{seed}/{index}").shuffle(options)  # SAT's counting rows list the answer first
-            yield dict(images=[{"bytes": image, "path": None} for image in images], question=question,
-                       options=options, answer=answer, question_type=row["question_type"], source_row=index)
+    for index, raw in enumerate(rows):
+        try:
+            row = check(parse(raw), multi_image)
+        except Skip as reason:
+            counts[f"skipped: {reason}"] += 1
+            continue
+        counts["kept"] += 1
+        random.Random(f"{seed}/{index}").shuffle(row["options"])  # SAT's counting rows list the answer first
+        yield {**row, "source_row": index}
         if counts["kept"] == limit:
             return
 
 
-def prepare_sat(out="data/sat", parquet=None, dataset=None, limit=15000, multi_image=False, seed=0):
-    """SAT -> out/train.parquet. Prints how many rows were kept, and why others were not."""
-    if limit < 1:
+def prepare(out, name, rows, parse, features, limit=None, **how):
+    """Rows -> out/train.parquet. Prints how many rows were kept, and why others were not."""
+    if limit is not None and limit < 1:
         fail(f"--limit {limit} keeps nothing: give a number of rows above 0.")
-    if dataset:
-        rows = read_sat_dataset(dataset)
-    else:
-        rows = read_sat_parquet(parquet or download_sat())
     counts, path = Counter(), Path(out) / "train.parquet"
-    kept = tqdm(convert(rows, limit, multi_image, seed, counts), total=limit, unit=" rows", desc="SAT")
-    count = write_parquet(path, kept, SAT_FEATURES)
+    kept = tqdm(convert(rows, parse, limit, counts=counts, **how), total=limit, unit=" rows", desc="kept")
+    count = write_parquet(path, kept, features)
     for verdict, number in sorted(counts.items()):
         print(f"{number:8,} {verdict}")
     if not count:
-        fail(f"no row of {dataset or parquet or 'array/SAT'} could be kept: nothing was written.")
+        fail(f"no row of {name} could be kept: nothing was written.")
     print(f"wrote {path}")
+
+
+def prepare_data(name, out="data/own", columns="", **how):
+    """--from: file, folder or hub data set -> out/train.parquet."""
+    found, rows, folder = read_data(name)
+    columns = choose_columns(name, found, columns)
+    features = CHAIN_FEATURES if columns["completion"] else SAT_FEATURES
+    prepare(out, name, rows, partial(parse_row, columns=columns, folder=folder), features, **how)
+
+
+def prepare_sharegpt(file, image_dir=None, out="data/cold", **how):
+    """--sharegpt: JSON file -> out/train.parquet with the column `completion`."""
+    rows, folder = read_json(file), Path(image_dir or Path(file).parent)
+    if not folder.is_dir():
+        fail(f"--image_dir {folder} is no folder: give the one from which the image paths in {file} start.")
+    prepare(out, file, rows, partial(parse_sharegpt, folder=folder), CHAIN_FEATURES, **how)
+
+
+def prepare_sat(out="data/sat", parquet=None, limit=15000, **how):
+    """SAT -> out/train.parquet."""
+    if parquet and not Path(parquet).is_file():
+        fail(f"{parquet} does not exist: give --parquet the path of SAT_train.parquet, or leave it out.")
+    prepare_data(parquet or download_sat(), out, limit=limit, **how)
 
 
 def download_sat():
@@ -554,22 +690,38 @@ def make_toy(out="data/toy", seed=0):
     partial.rename(out)
 
 
-def main():
+def main(argv=None):
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
-    parser.add_argument("--toy", action="store_true", help="draw the toy world and train its base model")
-    parser.add_argument("--parquet", help="SAT_train.parquet, if it is already here")
-    parser.add_argument("--dataset", help="array/SAT-v2, or a folder or file with its columns")
-    parser.add_argument("--limit", type=int, default=15000, help="rows to keep (default: the paper's 15000)")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--toy", action="store_true", help="draw the toy world and train its base model")
+    source.add_argument("--parquet", help="SAT_train.parquet, if it is already here")
+    source.add_argument("--from", dest="data", help="your data: Parquet, .json, .jsonl, folder or hub id")
+    source.add_argument("--sharegpt", help="chains as in Vision-R1-cold: a JSON list or JSON Lines")
+    parser.add_argument("--columns", help="with --from: images=img,question=q,answer=label,options=choices,"
+                        "question_type=kind,completion=chain; those left out go by their usual names")
+    parser.add_argument("--image_dir", help="with --sharegpt: where image paths start (default: its folder)")
+    parser.add_argument("--limit", type=int, help="rows to keep (default: all, of SAT the paper's 15000)")
     parser.add_argument("--multi_image", action="store_true", help="keep rows with several images too")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", help="folder to write (default: data/sat or data/toy)")
-    args = parser.parse_args()
+    parser.add_argument("--out", help="folder to write (default: data/sat, own, cold or toy)")
+    args = parser.parse_args(argv)
+    if args.columns and not args.data:
+        fail("--columns names the columns of --from: give both.")
+    if args.image_dir and not args.sharegpt:
+        fail("--image_dir holds the images of --sharegpt: give both.")
+    if args.toy and (args.limit is not None or args.multi_image):
+        fail("--toy draws its own rows: --limit and --multi_image do not go with it.")
+    how = {name: getattr(args, name) for name in ("out", "limit", "multi_image", "seed")
+           if getattr(args, name) is not None}  # each source has its own defaults
     if args.toy:
         make_toy(args.out or "data/toy", args.seed)
+    elif args.data:
+        prepare_data(args.data, columns=args.columns or "", **how)
+    elif args.sharegpt:
+        prepare_sharegpt(args.sharegpt, args.image_dir, **how)
     else:
-        prepare_sat(args.out or "data/sat", args.parquet, args.dataset, args.limit, args.multi_image,
-                    args.seed)
+        prepare_sat(parquet=args.parquet, **how)
 
 
 if __name__ == "__main__":

@@ -13,13 +13,17 @@ import os
 import random
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 SCRATCH = tempfile.TemporaryDirectory()  # set before the imports below, which read these:
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=SCRATCH.name, CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="1")
@@ -29,8 +33,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint import FileSystemReader
 from tokenizers import AddedToken, pre_tokenizers, trainers
 from transformers import (AutoConfig, AutoImageProcessor, AutoTokenizer, GenerationConfig, Qwen2Tokenizer,
                           Qwen2VLForConditionalGeneration)
@@ -321,13 +327,16 @@ def test_sat_preset_is_the_papers():
 
 @pytest.mark.parametrize("flags", [
     "--preset paper", "--learning_rat 1", "--rewards accuracy,style", "--num_generations 1", "--max_steps 0",
-    "--temperature 0", "--prompts_per_step 0", "--score_tokens 0", "--loss_type ppo"])
+    "--temperature 0", "--prompts_per_step 0", "--score_tokens 0", "--stages 10x20", "--stages 1x2x3,",
+    "--stages 1x2x3;4x5x6", "--stages 10x20x0", "--reward_file none.py"])
 def test_bad_settings_stop_with_one_sentence(flags):
     with stops(flags.split()[0]):
         g.main(flags.split())
 
 
-@pytest.mark.parametrize("flags, code", [("--help", 0), ("--max_steps many", 2)])
+@pytest.mark.parametrize("flags, code", [
+    ("--help", 0), ("--max_steps many", 2), ("--loss_type ppo", 2), ("--algorithm ppo", 2),
+    ("--freeze all", 2), ("--prompt mine", 2)])
 def test_help_and_wrong_types(flags, code):
     with pytest.raises(SystemExit) as stop:
         g.parse_config(flags.split())
@@ -624,7 +633,7 @@ def test_score_equals_full_sequences_of_the_stock_model(
     for i, group, ids in rows_of(rollout, 3):
         with torch.no_grad():
             expected = alone(stock, prompts[group], ids, suppressed, 0.7)
-            prompt_kv, whole = policy(prompts[group]), torch.ones(1, len(ids)).bool()
+            (prompt_kv, _), whole = policy(prompts[group]), torch.ones(1, len(ids)).bool()
             _, entropy = policy(prompts[group], prompt_kv, ids[None], whole)
         chosen = expected.gather(-1, ids[:, None])[:, 0]
         assert (logps[i, :len(ids)] - chosen).abs().max() < 1e-9
@@ -637,8 +646,8 @@ def test_completions_that_saw_one_another_would_be_found_out(model, prompts, rol
     inputs = torch.cat([prompt.input_ids[:, -1:].expand(2, 1), ids[:, :-1]], 1)
     positions = (torch.arange(ids.shape[1]) + prompt.next_position - 1).expand(3, 1, -1)
     with torch.no_grad():
-        right = policy(prompt, policy(prompt), ids, torch.ones_like(ids).bool())[0][1]
-        cache = Cache(layers=[g.BranchLayer(*kv) for kv in policy(prompt)])
+        right = policy(prompt, policy(prompt)[0], ids, torch.ones_like(ids).bool())[0][1]
+        cache = Cache(layers=[g.BranchLayer(*kv) for kv in policy(prompt)[0]])
         for one in inputs:  # the second behind the first in one cache, but at the right positions
             hidden = model.model(input_ids=one[None], position_ids=positions, past_key_values=cache)[0]
         leaky = g.token_logps(model, hidden[0], 1.0, suppressed).gather(-1, ids[1][:, None])[:, 0]
@@ -659,7 +668,7 @@ def test_the_vision_tower_runs_once_per_group_in_each_pass(model, prompts, rollo
     policy, cfg = g.Policy(model, 1.0, suppressed), g.Config(num_generations=3, score_tokens=9, beta=0.0)
     for run in (lambda: g.sample(model, prompts, 3, 4, 1.0, suppressed, ENDS),
                 lambda: g.score_rollout(policy, prompts, rollout, cfg),
-                lambda: g.update(policy, prompts, rollout, torch.ones(12), None, None, cfg)):
+                lambda: g.update(policy, prompts, rollout, torch.ones(12), torch.ones(12), None, None, cfg)):
         calls.clear()
         run()
         assert len(calls) == 3  # prompts with images, whatever G and the number of chunks
@@ -675,6 +684,32 @@ def test_greedy_decoding_is_the_same_alone_and_in_transformers(model, stock, pro
         theirs = stock.generate(**inputs_of(stock, prompt), do_sample=False, max_new_tokens=12,
                                 suppress_tokens=suppressed.nonzero()[:, 0].tolist(), eos_token_id=ENDS[:12])
         assert ids.tolist() == theirs[0, prompt.input_ids.shape[1]:].tolist()
+
+
+def test_decoding_with_fixed_shapes_changes_nothing(model, prompts, suppressed, monkeypatch):
+    """What a CUDA graph replays: all the room is attended to under a mask, and done rows wait."""
+    sizes = []
+
+    class Fixed(g.Decoder):
+        def __init__(self, *args, **more):
+            super().__init__(*args, **more, fixed=True)
+
+        def forward(self):
+            sizes.append(len(self.tokens))
+            hidden = super().forward()
+            assert all(layer.keys.shape[2] == sizes_of_keys[0] for layer in self.cache.layers)
+            return hidden
+    sizes_of_keys = [max(p.input_ids.shape[1] for p in prompts) - 1 + 9]
+    free = g.sample(model, prompts, 3, 9, 0.0, suppressed, [0]).completion_ids
+    arguments = model, prompts, 3, 9, 0.0, suppressed, [int(free[0, 2]), int(free[3, 4])]
+    usual = g.sample(*arguments)
+    monkeypatch.setattr(g, "Decoder", Fixed)
+    fixed = g.sample(*arguments)
+    mask = usual.completion_mask
+    assert torch.equal(fixed.completion_mask, mask) and len(set(mask.sum(1).tolist())) > 1
+    assert torch.equal(fixed.completion_ids[mask], usual.completion_ids[mask])
+    assert (fixed.sampling_logps - usual.sampling_logps).abs().max() < 1e-9
+    assert len(set(sizes)) < 4 and sizes[0] == 12
 
 
 def test_recorded_logps_are_the_scored_ones(model, prompts, suppressed):
@@ -771,10 +806,12 @@ def test_grpo_loss_is_the_formula_and_adds_up_over_chunks(epsilon, epsilon_high,
     assert sum(parts) == pytest.approx(loss.item(), abs=1e-12)
 
 
-def gradients(model, suppressed, *rest):
+def gradients(model, suppressed, prompts, rollout, advantages, ref, old, cfg):
     """-> log-probs and sums that g.update returns, and the gradient that it leaves, by name."""
     policy = g.Policy(copy.deepcopy(model), 1.0, suppressed)
-    return *g.update(policy, *rest), {name: p.grad for name, p in policy.model.named_parameters()}
+    weights = g.weigh_tokens(rollout.completion_mask.sum(1), rollout.finished, cfg)
+    found = g.update(policy, prompts, rollout, advantages, weights, ref, old, cfg)
+    return *found, {name: p.grad for name, p in policy.model.named_parameters()}
 
 
 def test_two_stage_backward_equals_plain_autograd(model, stock, prompts, rollout, suppressed, monkeypatch):
@@ -814,6 +851,54 @@ def test_the_first_iteration_prints_zero_and_still_learns(model, prompts, rollou
     assert all((x == 0).all() for x in found.values())
 
 
+def test_sft_is_cross_entropy(model, stock, processors):
+    """Advantage 1 on given completions: the same gradient as the usual loss on the answers' tokens."""
+    tokenizer = processors[0]
+    rows = [dict(question="Where?", options=["left", "right"], answer="left", images=[None]),
+            dict(question="What is it?", options=[], answer="C", images=[None],
+                 completion="<think> it is a square </think> <answer> C </answer>")]
+    prompts = [g.build_prompt(g.row_text(row, template, tokenizer), [picture(56, 84)], *processors, model)
+               for row, template in zip(rows, ("base-direct", "base"))]
+    run = SimpleNamespace(tokenizer=tokenizer, eos_ids=g.end_tokens(tokenizer),
+                          accelerator=SimpleNamespace(device="cpu"))
+    cfg = g.Config(algorithm="sft", num_generations=1, beta=0.0, loss_type="dapo", score_tokens=9)
+    rollout = g.given_completions(run, cfg, rows, prompts)
+    end = run.eos_ids[0]
+    texts = "left", " it is a square </think> <answer> C </answer>"  # <think> is in the prompt already
+    targets = [tokenizer(text).input_ids + [end] for text in texts]
+    assert [ids.tolist() for _, _, ids in rows_of(rollout, 1)] == targets and rollout.finished.all()
+    nothing = torch.zeros(model.lm_head.out_features, dtype=torch.bool)
+    rollout.sampling_logps = rollout.sampling_logps.double()
+    logps, sums, ours = gradients(model, nothing, prompts, rollout, torch.ones(2).double(), None, None, cfg)
+    usual, losses = copy.deepcopy(stock), []
+    for prompt, target in zip(prompts, targets):
+        logits = usual(**inputs_of(usual, prompt, target)).logits[0, prompt.input_ids.shape[1] - 1:-1]
+        losses.append(torch.nn.functional.cross_entropy(logits, torch.tensor(target), reduction="none"))
+    torch.cat(losses).mean().backward()
+    assert -logps.sum().item() == pytest.approx(torch.cat(losses).sum().item()) and sums["clip"] == 0
+    for name, p in usual.named_parameters():
+        assert ((ours[name] - p.grad).norm() / p.grad.norm()) < 1e-9, name
+    short = g.given_completions(run, g.Config(max_completion_length=4), rows, prompts)
+    assert short.completion_mask.sum(1).tolist() == [len(targets[0]), 4] and not short.finished[1]
+
+
+def test_truncated_completions_can_be_left_out(model, prompts, rollout, suppressed):
+    lengths, finished = torch.tensor([2, 4, 3, 4]), torch.tensor([True, False, True, True])
+    flags = dict(mask_truncated_completions=True, max_completion_length=4)
+    weigh = lambda **more: g.weigh_tokens(lengths, finished, g.Config(**flags, **more)).tolist()
+    assert weigh() == pytest.approx([1 / 8, 0, 1 / 12, 1 / 16])
+    assert weigh(loss_type="dr_grpo") == pytest.approx([1 / 16, 0, 1 / 16, 1 / 16])
+    assert weigh(loss_type="dapo") == pytest.approx([1 / 9, 0, 1 / 9, 1 / 9])
+    cfg = g.Config(num_generations=3, beta=0.5, mask_truncated_completions=True)
+    ref = rollout.sampling_logps + 1
+    masked = gradients(model, suppressed, prompts, rollout, torch.ones(12).double(), ref, None, cfg)[2]
+    other = copy.deepcopy(rollout)  # what a truncated row says makes no difference
+    other.completion_ids[~rollout.finished] = 50
+    assert not rollout.finished.all()
+    again = gradients(model, suppressed, prompts, other, torch.ones(12).double(), ref, None, cfg)[2]
+    assert all(torch.allclose(masked[name], again[name], atol=1e-12) for name in masked)
+
+
 def test_chunks_hold_every_row_once_within_the_budget():
     rng = random.Random(0)
     for _ in range(200):
@@ -848,7 +933,7 @@ def test_output_dir_takes_the_next_free_name(tmp_path, monkeypatch):
         g.choose_output_dir(g.parse_config(["--output_dir", "runs/toy"]))
     with stops("runs/toy", "not the folder of a run"):  # --overwrite deletes runs, and nothing else
         g.choose_output_dir(g.parse_config(["--output_dir", "runs/toy", "--overwrite"]))
-    Path("runs/toy/config.json").touch()
+    Path("runs/toy/config.json").write_text("{}")
     for flag in "--resume", "--overwrite":
         assert g.choose_output_dir(g.parse_config(["--output_dir", "runs/toy", flag])) == Path("runs/toy")
 
@@ -865,29 +950,193 @@ def test_weights_load_as_float32_and_whole(model_dir, tmp_path):
 
 # ---- Preparation -----------------------------------------------------------------------------------------
 
+def prepared(folder, capsys, *flags):
+    """Run prepare_sat.py -> the rows it wrote, with decoded images, and its counts {verdict: rows}."""
+    prepare_sat.main([*map(str, flags), "--out", str(folder)])
+    printed = re.findall(r"^ *(\d+) (.+)$", capsys.readouterr().out, re.MULTILINE)
+    rows = datasets.Dataset.from_parquet(str(folder / "train.parquet"))
+    return rows, {verdict.removeprefix("skipped: "): int(n) for n, verdict in printed}
+
+
+def sizes(row):
+    return [image.size for image in row["images"]]
+
+
+COLUMNS = ["images", "question", "options", "answer", "question_type", "source_row"]
+
+
 @pytest.mark.parametrize("multi_image, kept", [(False, [0, 5]), (True, [0, 1, 5])])
 def test_sat_rows_are_kept_or_skipped_for_a_reason(multi_image, kept, sat, tmp_path, capsys):
-    prepare_sat.prepare_sat(str(tmp_path), parquet=str(sat / "SAT_train.parquet"), multi_image=multi_image)
-    printed = re.findall(r"^ *(\d+) (.+)$", capsys.readouterr().out, re.MULTILINE)
-    found = [sum(int(n) for n, reason in printed if word in reason)
-             for word in ("kept", "several images", "broken", "not among")]
-    assert found == [len(kept), 3 - len(kept), 2, 1]
-    rows = datasets.Dataset.from_parquet(str(tmp_path / "train.parquet"))
-    assert rows.column_names == ["images", "question", "options", "answer", "question_type", "source_row"]
-    assert rows["source_row"][:] == kept
+    flags = ["--multi_image"] if multi_image else []
+    rows, counts = prepared(tmp_path, capsys, "--parquet", sat / "SAT_train.parquet", *flags)
+    several = {} if multi_image else {"several images (--multi_image keeps them)": 1}
+    assert counts == {"kept": len(kept), "broken image": 2, "answer not among the options": 1, **several}
+    assert rows.column_names == COLUMNS and rows["source_row"][:] == kept
     for row in rows:
         raw = SAT_ROWS[row["source_row"]]
         assert (row["question"], row["answer"]) == (raw["question"], raw["correct_answer"])
         assert sorted(row["options"]) == sorted(raw["answers"])
-        sizes = [Image.open(io.BytesIO(image)).size for image in raw["image_bytes"]]
-        assert [image.size for image in row["images"]] == sizes
+        assert sizes(row) == [Image.open(io.BytesIO(image)).size for image in raw["image_bytes"]]
 
 
-def test_sat_options_are_shuffled_with_a_seed_and_the_limit_counts_kept_rows():
+def test_sats_dynamic_rows_have_their_images_in_order(processors, tmp_path, capsys):
+    types = ["other", "obj_movement", "ego_movement", "action_sequence", "action_consequence", "goal_aim",
+             "perspective"]
+    rows = [dict(image_bytes=images, question=f"What of {kind}?", question_type=kind, correct_answer="left",
+                 answers=["left", "right by 26 degrees"])
+            for kind in types for images in ([ONE], [TWO], [ONE, TWO], [TWO, ONE])]
+    pq.write_table(pa.Table.from_pylist(rows, SAT_SCHEMA), tmp_path / "SAT.parquet")
+    found, counts = prepared(tmp_path, capsys, "--parquet", tmp_path / "SAT.parquet", "--multi_image")
+    assert counts == {"kept": len(rows)} and found["question_type"][:] == [r["question_type"] for r in rows]
+    assert [sizes(row) for row in found] == [[(84, 56)], [(56, 112)], [(84, 56), (56, 112)],
+                                             [(56, 112), (84, 56)]] * len(types)
+    assert g.load_data(g.Config(data=str(tmp_path)), "base", *processors)[2] == list(range(len(rows)))
+
+
+def test_options_are_shuffled_with_a_seed_and_the_limit_counts_kept_rows():
+    columns = prepare_sat.choose_columns("SAT", SAT_SCHEMA.names)
+    parse = lambda row: prepare_sat.parse_row(row, columns, None)
     places = lambda seed: [row["options"].index("3")
-                           for row in prepare_sat.convert([SAT_ROWS[0]] * 100, 100, seed=seed)]
+                           for row in prepare_sat.convert([SAT_ROWS[0]] * 100, parse, seed=seed)]
     assert places(0) == places(0) != places(1) and min(Counter(places(0))[i] for i in range(5)) > 5
-    assert len(list(prepare_sat.convert(SAT_ROWS * 3, 3))) == 3
+    assert len(list(prepare_sat.convert(SAT_ROWS * 3, parse, 3))) == 3
+
+
+CHAIN = "<think>\nTwo legs, \"four\" ...\n</think>\n\n<answer> Final Answer:B </answer>"
+
+
+def chat(question="<image>\nWhich?", completion=CHAIN, image="a.png", user="user", assistant="assistant"):
+    return {"conversations": [{"from": user, "value": question}, {"from": assistant, "value": completion}],
+            "images": [image] if isinstance(image, str) else image}
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder with a.png, sub/b.jpg, broken.png and a link to a picture outside of it."""
+    folder = tmp_path / "pictures"
+    (folder / "sub").mkdir(parents=True)
+    for path, data in {"a.png": encoded(picture(56, 84), "PNG"), "sub/b.jpg": ONE, "broken.png": HALF_A_JPEG,
+                       "../secret.png": ONE}.items():
+        (folder / path).write_bytes(data)
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    return folder
+
+
+GOOD_CHATS = [  # row, question, answer
+    (chat(), "Which?", "B"),
+    (chat("Which <image> of\n<image>\nthem?", user="human", assistant="gpt"), "Which of them?", "B"),
+    (chat(image="./sub/../sub/b.jpg"), "Which?", "B"),
+    (chat(completion="<think></think> <answer>two\nchairs</answer>\n"), "Which?", "two\nchairs"),
+    ({"conversations": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": CHAIN}],
+      "image": "a.png"}, "Which?", "B")]  # LLaVA-CoT's half of Vision-R1-cold has `image`
+BAD_CHATS = [
+    ("odd shape", ["no dict", {}, {"conversations": None}, {"conversations": ["Hello", CHAIN]}, None, 3]),
+    ("not one question and one reply",
+     [{"conversations": []}, {"conversations": chat()["conversations"] * 2, "images": ["a.png"]},
+      chat(user="system"), chat(user="assistant", assistant="user"), chat(question=3), chat(user=[]),
+      chat(completion=None)]),
+    ("no <think> ... </think>", [chat(completion="<answer>B</answer>"), chat(completion="<think>B"),
+                                 chat(completion="")]),
+    ("no answer in one <answer> block", [chat(completion="<think>B</think>" + end) for end in (
+        "", "B", "<answer> </answer>", "<answer>A</answer><answer>B</answer>", "<answer>B")]),
+    ("empty answer", [chat(completion="<think></think><answer>Final Answer: </answer>")]),
+    ("text outside <think> and <answer>", [chat(completion="Well. " + CHAIN),
+                                           chat(completion=CHAIN + " Yes.")]),
+    ("broken text", [chat(completion=CHAIN.replace("legs", "\ud83d"))]),
+    ("empty question", [chat("<image>\n ")]),
+    ("no image", [chat(image=[]), chat(image=None)]),
+    ("missing image", [chat(image=name) for name in ("none.png", "sub", "", "nul\0.png", "x" * 5000)]
+     + [chat(image=[3]), chat(image={"path": None})]),
+    ("image outside its folder", [chat(image="../secret.png"), chat(image="/etc/hostname"),
+                                  chat(image="link.png"), chat(image="sub/../../secret.png")]),
+    ("broken image", [chat(image="broken.png")]),
+    ("several images (--multi_image keeps them)", [chat(image=["a.png", "sub/b.jpg"])])]
+
+
+@pytest.mark.parametrize("layout", ["list", "lines"])
+def test_sharegpt_chains_are_kept_or_skipped_for_a_reason(layout, pictures, tmp_path, capsys):
+    rows = [row for row, *_ in GOOD_CHATS] + [row for _, bad in BAD_CHATS for row in bad]
+    file = tmp_path / "chains.json"
+    file.write_text(json.dumps(rows, indent=1) if layout == "list" else "\n\n".join(map(json.dumps, rows)))
+    found, counts = prepared(tmp_path, capsys, "--sharegpt", file, "--image_dir", pictures)
+    assert counts == {"kept": len(GOOD_CHATS), **{reason: len(bad) for reason, bad in BAD_CHATS}}
+    assert found.column_names == [*COLUMNS, "completion"]
+    assert sizes(found[2]) == [(84, 56)] and sizes(found[0]) == [(56, 84)]
+    for row, (_, question, answer) in zip(found, GOOD_CHATS):
+        assert (row["question"], row["answer"], row["options"]) == (question, answer, [])
+    assert found[0]["completion"] == CHAIN and g.format_reward(CHAIN) == 1
+    again, counts = prepared(tmp_path / "again", capsys, "--from", tmp_path / "train.parquet")
+    assert counts == {"kept": len(GOOD_CHATS)} and again.to_list() == found.to_list()
+
+
+def test_sharegpt_images_lie_beside_the_file_and_may_be_several(pictures, capsys):
+    (pictures / "chains.jsonl").write_text(json.dumps(chat(image=["sub/b.jpg", "a.png"])))
+    flags = ["--sharegpt", pictures / "chains.jsonl", "--multi_image"]
+    rows, counts = prepared(pictures / "out", capsys, *flags)
+    assert counts == {"kept": 1} and sizes(rows[0]) == [(84, 56), (56, 84)]
+
+
+OF_IMAGE, OF_BYTES = datasets.Image(), datasets.Value("binary")
+
+
+@pytest.mark.parametrize("kind, value", [
+    (OF_IMAGE, {"bytes": ONE, "path": "gone.jpg"}), (datasets.List(OF_IMAGE), [{"bytes": ONE, "path": None}]),
+    (OF_BYTES, ONE), (datasets.List(OF_BYTES), [ONE]),
+    ({"bytes": OF_BYTES, "path": datasets.Value("string")}, {"bytes": None, "path": "sub/b.jpg"}),
+    (datasets.Value("string"), "sub/b.jpg"), (datasets.List(datasets.Value("string")), ["sub/b.jpg"])],
+    ids=["Image", "Images", "bytes", "list of bytes", "dict", "path", "paths"])
+@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
+def test_images_of_your_own_data_may_have_any_usual_form(kind, value, folder, pictures, tmp_path, capsys):
+    text = datasets.Value("string")
+    features = datasets.Features(image=kind, problem=text, solution=text)
+    rows = [{"image": value, "problem": "<image>Which?", "solution": "this"}] * 3
+    datasets.Dataset.from_list(rows, features).to_parquet(pictures / "train.parquet")
+    if folder:
+        datasets.Dataset.from_list(rows[:1], features).to_parquet(pictures / "train-2.parquet")
+        for other in pictures.glob("*.png"):  # `datasets` takes a folder of mostly pictures for another kind
+            other.unlink()
+    found, counts = prepared(tmp_path / "own", capsys, "--from",
+                             pictures if folder else pictures / "train.parquet")
+    assert counts == {"kept": 3 + folder} and found.column_names == COLUMNS
+    assert all(sizes(row) == [(84, 56)] for row in found)
+    assert found[0]["question"] == "Which?" and found[0]["answer"] == "this" and found[0]["options"] == []
+
+
+@pytest.mark.parametrize("answer, options, means", [
+    ("two", ["one", "two"], "two"), (" two ", ["one ", "two", "two"], "two"),
+    ("B", ["one", "two"], "two"), ("(B)", ["one", "two"], "two"), ("B", ["B", "A"], "B"),
+    (0, ["one", "two"], "one"), (1, ["one", "two"], "two"), (2, ["2", "3", "5"], "2"), (3, [2, 3], "3"),
+    (0.5, [0.5, 1.0], "0.5"), (7, None, "7"), ("B", [], "B"),
+    *((wrong, ["one", "two"], "answer not among the options") for wrong in ("C", 2, -1, "1", True)),
+    ("one", ["one"], "fewer than two options"), ("one", ["", " "], "fewer than two options"),
+    ("one", "one or two", "options are not a list"), ([1], None, "odd shape"), (None, None, "empty answer")])
+def test_answers_of_your_own_data_are_texts_letters_or_indices(answer, options, means, pictures):
+    row = {"img": "a.png", "q": "Which?", "label": answer, "choices": options}
+    columns = prepare_sat.choose_columns("mine", list(row), "images=img,question=q,answer=label")
+    counts = Counter()
+    parse = lambda row: prepare_sat.parse_row(row, columns, pictures)
+    if kept := list(prepare_sat.convert([row], parse, counts=counts)):
+        assert kept[0]["answer"] == means and (not kept[0]["options"] or means in kept[0]["options"])
+    else:
+        assert counts == {"skipped: " + means: 1}
+
+
+def test_your_own_data_trains(pictures, train, processors, tmp_path, capsys):
+    rows = [{"img": "a.png", "q": "Which?", "label": "(B)", "choices": ["this", "that"], "kind": "mine"},
+            {"img": "../secret.png", "q": "Which?", "label": "A", "choices": ["this", "that"]}, "odd",
+            {"img": ["sub/b.jpg", "a.png"], "q": "How many?", "label": 2, "choices": [1, 2], "chain": CHAIN}]
+    (pictures / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    columns = "images=img,question=q,answer=label,question_type=kind"
+    flags = ["--from", pictures / "own.jsonl", "--multi_image", "--columns"]
+    found, counts = prepared(tmp_path / "own", capsys, *flags, columns)
+    assert counts == {"kept": 2, "image outside its folder": 1, "odd shape": 1}
+    assert found["source_row"][:] == [0, 3] and found["answer"][:] == ["that", "2"]
+    assert found["question_type"][:] == ["mine", None]
+    assert g.load_data(g.Config(data=str(tmp_path / "own")), "base", *processors)[2] == [0, 1]
+    train(tmp_path / "run", "--data", tmp_path / "own", "--max_steps", 1)
+    found, counts = prepared(tmp_path / "chains", capsys, *flags, columns + ",completion=chain,options=")
+    assert counts["empty completion"] == 1 and found["options"][:] == [[]] and found["answer"][:] == ["2"]
+    assert found["completion"][:] == [CHAIN]
 
 
 # ---- The main loop ---------------------------------------------------------------------------------------
@@ -902,9 +1151,9 @@ def trained(train, cvbench, prompts, tmp_path_factory):
     """-> the folder of a run, evaluated on the way, and the logits that each model had when it was saved."""
     folder, at_save = tmp_path_factory.mktemp("runs") / "sat", {}
 
-    def save_model(path, model, *rest, save=g.save_model, **more):
-        at_save[path.name] = logits_of(model, prompts[2])
-        save(path, model, *rest, **more)
+    def save_model(path, run, *rest, save=g.save_model, **more):
+        at_save[path.name] = logits_of(run.sampler, prompts[2])
+        save(path, run, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(g, "save_model", save_model)
@@ -1019,6 +1268,218 @@ def test_accelerate_launch_gives_the_same_bits(train, tmp_path, monkeypatch):
         assert jsonl(tmp_path / "python" / file) == jsonl(tmp_path / "launch" / file)
 
 
+@pytest.mark.parametrize("freeze, moves, stays, calls", [
+    ("vision", "model.embed_tokens.weight", "visual.", 1), ("llm", "visual.", "model.", 3)])
+def test_frozen_weights_stay_and_the_others_move(freeze, moves, stays, calls, train, model_dir, tmp_path,
+                                                 monkeypatch):
+    seen, forward = [], g.Qwen2VLForConditionalGeneration.forward
+    tower = transformers.models.qwen2_vl.modeling_qwen2_vl.Qwen2VisionTransformerPretrainedModel
+    forward = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda *a, **k: seen.append(1) or forward(*a, **k))
+    train(tmp_path / "run", "--freeze", freeze, "--max_steps", 2, "--save_steps", 1)
+    assert len(seen) == 2 * 2 * calls  # steps x prompts x (sampler, reference, policy, or all three at once)
+    folders = Path(model_dir), tmp_path / "run/final"
+    before, after = (load_file(folder / "model.safetensors") for folder in folders)
+    assert before.keys() == after.keys()
+    same = {name: torch.equal(before[name].float(), after[name]) for name in before}
+    assert all(same[name] for name in same if name.startswith(stays))
+    assert not any(same[name] for name in same if name.startswith(moves))
+    state = FileSystemReader(tmp_path / "run/checkpoint-1/state").read_metadata().state_dict_metadata
+    assert any("exp_avg" in key for key in state)
+    assert not any("exp_avg" in key and ("visual" in key) == (freeze == "vision") for key in state)
+
+
+def test_stages_change_length_and_group_size_and_resume_in_the_right_one(train, tmp_path):
+    flags = "--stages", "2x3x2,2x9x4", "--eval_steps", "0"
+    train(tmp_path / "whole", *flags)
+    samples = [[], [], [], []]
+    for s in jsonl(tmp_path / "whole/completions.jsonl"):
+        samples[s["step"] - 1].append(s)
+    assert [len(found) for found in samples] == [4, 4, 8, 8]
+    assert [max(s["length"] for s in found) > 3 for found in samples] == [False, False, True, True]
+    assert max(s["length"] for found in samples for s in found) <= 9
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for name in "checkpoint-4", "final":
+        shutil.rmtree(tmp_path / "again" / name)
+    g.main(["--resume", "--output_dir", str(tmp_path / "again")])  # the run's own settings, from config.json
+    assert same_weights(tmp_path / "whole/final", tmp_path / "again/final")
+    for name in "metrics.jsonl", "completions.jsonl":
+        assert jsonl(tmp_path / "whole" / name) == jsonl(tmp_path / "again" / name)
+
+
+@pytest.mark.parametrize("code, words", [
+    ("def mine(completion", ["SyntaxError"]), ("import nothing_here", ["nothing_here"]),
+    ("def other(completion, **_): return 1", ["--rewards mine", "unknown"]),
+    ("def mine(completion, **_): return [1, 2]", ["reward mine", "TypeError"]),
+    ("def mine(completion, **_): return 0 / 0", ["reward mine", "ZeroDivisionError"]),
+    ("def mine(completion): return 1", ["reward mine", "num_tokens"]),
+    ("def mine(completion, **_): return float('nan')", ["reward mine is nan"])])
+def test_a_reward_file_with_a_bug_stops(code, words, train, tmp_path, monkeypatch):
+    monkeypatch.setattr(g, "REWARDS", dict(g.REWARDS))
+    (tmp_path / "rewards.py").write_text(code)
+    with stops(*words):
+        train(tmp_path / "run", "--reward_file", tmp_path / "rewards.py", "--rewards", "accuracy,mine")
+
+
+def test_hard_and_length_rewards():
+    row = dict(answer="left", options=OPTIONS, num_tokens=7)
+    for completion, expected in {"<think> a </think> <answer> left </answer>": 1,
+                                 "<think> a </think> <answer> right </answer>": 0,
+                                 "<answer> left </answer>": 0}.items():
+        assert g.hard_reward(completion, **row) == expected and g.length_reward(completion, **row) == 0.007
+
+
+# ---- One process or many ---------------------------------------------------------------------------------
+
+# grpo_vision.py in float64, its completions drawn prompt by prompt, so that they are the same however the
+# prompts are shared out; those of one question are much longer. update's results are kept for comparison.
+WORKER = """
+import os, sys, torch
+import grpo_vision as g
+from torch.distributed.tensor import DTensor
+
+load_model, sample, update, folder = g.load_model, g.sample, g.update, sys.argv.pop(1)
+whole = lambda x: x.full_tensor() if isinstance(x, DTensor) else x
+calls = []
+
+def in_double(path, attn_implementation="sdpa", dtype=None):
+    return load_model(path, attn_implementation, torch.float64)
+
+def sample_each(model, prompts, G, C, *rest):
+    found = []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(int(prompt.input_ids.sum()) + len(calls))
+        limit = C if "chairs" in prompt.text else 3
+        found.append(sample(model, [prompt], G, limit, *rest[:-1], generator))
+    pad = lambda name: torch.nn.utils.rnn.pad_sequence(
+        [row for one in found for row in getattr(one, name)], batch_first=True)
+    return g.Rollout(pad("completion_ids"), pad("completion_mask"), pad("sampling_logps"),
+                     torch.cat([one.finished for one in found]))
+
+def update_and_keep(policy, prompts, *rest):
+    logps, sums = update(policy, prompts, *rest)
+    sharded = torch.distributed.get_world_size() > 1
+    assert all(isinstance(x, DTensor) == sharded for x in policy.parameters())
+    calls.append(dict(logps={p.text: part for p, part in zip(prompts, logps.chunk(len(prompts)))},
+                      gradients={name: whole(x.grad).clone() for name, x in policy.named_parameters()}))
+    return logps, sums
+
+g.load_model, g.sample, g.update = in_double, sample_each, update_and_keep
+g.main()
+rank = os.environ["RANK"]
+torch.save(calls, f"{folder}-{rank}.pt")
+"""
+
+
+def launch(processes, script, *flags):
+    """Run a script in so many processes on this machine, as `accelerate launch` does on one with GPUs."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes),
+               "--master_port", str(random.randint(20000, 60000)), script, *map(str, flags)]
+    return subprocess.run(command, cwd=Path(g.__file__).parent, text=True, capture_output=True,
+                          env={**os.environ, "PYTHONPATH": str(Path(g.__file__).parent)})
+
+
+def test_two_processes_with_sharded_weights_equal_one(train, tmp_path, monkeypatch, processors, prompts):
+    (tmp_path / "worker.py").write_text(WORKER)
+    (tmp_path / "mine.py").write_text("def mine(completion, **_):\n    return sum(map(ord, completion)) % 7")
+    flags = f"""--reward_file {tmp_path}/mine.py --rewards accuracy,format,mine --max_completion_length 40
+        --score_tokens 30""".split()
+    for processes in 1, 2:
+        folder = tmp_path / str(processes)
+        with monkeypatch.context() as patch:
+            patch.setattr(g, "main", lambda argv: launch(processes, tmp_path / "worker.py", folder, *argv))
+            done = train(folder, *flags)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert ("2 x cpu, FSDP2" if processes == 2 else "1 x cpu, no wrapper") in done.stdout
+    one, *two = (torch.load(tmp_path / name) for name in ("1-0.pt", "2-0.pt", "2-1.pt"))
+    assert len(one) == len(two[0]) == len(two[1]) == 3
+    error = lambda x, y: ((x - y).norm() / y.norm()).item()
+    for step in range(3):
+        assert not two[0][step]["logps"].keys() & two[1][step]["logps"].keys()
+        for text, logps in one[step]["logps"].items():
+            mine = {**two[0][step]["logps"], **two[1][step]["logps"]}[text]
+            C = min(logps.shape[1], mine.shape[1])
+            assert error(mine[:, :C], logps[:, :C]) < 1e-6
+        for name, gradient in one[step]["gradients"].items():
+            assert gradient.norm() > 0 and error(two[0][step]["gradients"][name], gradient) < 1e-6, name
+    one, two = (jsonl(tmp_path / folder / "metrics.jsonl") for folder in "12")
+    assert all(x == pytest.approx(y, rel=1e-6, abs=1e-9) for x, y in zip(one, two, strict=True))
+    lengths = Counter(s["length"] > 3 for s in jsonl(tmp_path / "2/completions.jsonl"))
+    assert min(lengths.values()) > 2  # the processes had unequal numbers of chunks
+    load = partial(Qwen2VLForConditionalGeneration.from_pretrained, dtype=torch.float64)
+    one, two = (load(tmp_path / folder / "final") for folder in "12")
+    assert "lm_head.weight" not in load_file(tmp_path / "2/final/model.safetensors")
+    assert all(error(x, y) < 1e-6 for x, y in zip(two.state_dict().values(), one.state_dict().values()))
+    assert (logits_of(one, prompts[2]) - logits_of(two, prompts[2])).abs().max() < 1e-6
+
+
+def test_what_several_processes_cannot_share_stops(sat, tmp_path, processors, monkeypatch):
+    rows = datasets.Dataset.from_parquet(str(sat / "train.parquet")).to_list()
+    rows[1]["images"] = []
+    features = datasets.Dataset.from_parquet(str(sat / "train.parquet")).features
+    datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "train.parquet")
+    cfg = g.Config(data=str(tmp_path))
+    assert len(g.load_data(cfg, "base", *processors)[2]) == 3  # alone, a row without an image is text
+    with stops("row 1", "no image", "one process"):
+        g.load_data(cfg, "base", *processors, num_processes=2)
+    monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(log_with=[], num_processes=3))
+    with stops("--prompts_per_step 8", "3 processes"):
+        g.make_accelerator(g.Config())
+
+
+def test_a_run_that_was_stopped_and_killed_ends_as_if_it_had_not_been(train, tmp_path, monkeypatch):
+    flags = "--max_steps 14 --save_steps 3 --rewards accuracy,format,length".split()
+    train(tmp_path / "whole", *flags)
+    folder, argv = tmp_path / "run", []
+    with monkeypatch.context() as patch:
+        patch.setattr(g, "main", argv.extend)
+        train(folder, *flags)
+
+    def interrupt(number, *argv):
+        """Start, send the signal when two more steps are logged -> exit code, what was printed."""
+        log = folder / "metrics.jsonl"
+        logged = lambda: len(jsonl(log, drop="-")) if log.exists() and log.read_text().endswith("\n") else 0
+        process = subprocess.Popen([sys.executable, g.__file__, *argv], stdout=subprocess.PIPE, text=True)
+        first = None
+        while process.poll() is None and (first is None or logged() < first + 2):
+            first = logged() if first is None or logged() < first else first  # resuming cuts the log
+            time.sleep(0.05)
+        process.send_signal(number)
+        return process.communicate()[0], process.returncode
+
+    resume = "--resume", "--output_dir", str(folder)
+    said, code = interrupt(signal.SIGINT, *argv)
+    assert code == 0 and f"--resume --output_dir {folder}" in said
+    assert g.checkpoints(folder)[-1].name == f"checkpoint-{len(jsonl(folder / 'metrics.jsonl'))}"
+    assert interrupt(signal.SIGKILL, *resume)[1] == -signal.SIGKILL
+    said, code = interrupt(signal.SIGTERM, *resume)
+    assert code == 0 and not (folder / "final").exists()
+    (folder / "metrics.jsonl").open("a").write('{"step": 99, "half a li')  # as a kill may leave it
+    (folder / "checkpoint-99.tmp").mkdir()
+    g.main([*resume, "--save_total_limit", "2"])
+    assert same_weights(tmp_path / "whole/final", folder / "final")
+    for name in "metrics.jsonl", "completions.jsonl":
+        assert jsonl(tmp_path / "whole" / name) == jsonl(folder / name)
+    assert [path.name for path in g.checkpoints(folder)] == ["checkpoint-12", "checkpoint-14"]
+
+
+def test_a_full_disk_costs_no_checkpoint(train, tmp_path, monkeypatch):
+    def full(*args, **more):
+        raise OSError(28, "No space left on device")
+    for module, name in (g.distributed_checkpoint, "save"), (g.Qwen2VLForConditionalGeneration,
+                                                             "save_pretrained"):
+        folder = tmp_path / name
+        train(folder, "--max_steps", 1)
+        shutil.rmtree(folder / "final")
+        said = stops("checkpoint-2", "No space left", "checkpoint-1", "--resume")
+        with monkeypatch.context() as patch, said:
+            patch.setattr(module, name, full)
+            train(folder, "--resume", "--max_steps", 2)
+        assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1"}
+        train(folder, "--resume", "--max_steps", 2)
+        assert (folder / "final").exists()
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------
 
 def test_missing_paths_stop(train, tmp_path):
@@ -1026,7 +1487,7 @@ def test_missing_paths_stop(train, tmp_path):
             "--data", tmp_path / "none"):
         with stops(str(value)):
             train(tmp_path / "run", flag, value)
-    with stops("no checkpoint"):
+    with stops("--resume", "not the folder of a run"):
         train(tmp_path / "run", "--resume")
     assert not (tmp_path / "run").exists()
 
@@ -1038,6 +1499,41 @@ def test_data_that_is_no_training_data_stops(train, sat, tmp_path):
                        sat / "SAT_train.parquet": "no column"}.items():
         with stops(path.name, word):
             train(tmp_path / "run", "--data", path)
+
+
+def test_data_that_cannot_be_prepared_stops(sat, pictures, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    raw, less, chain = sat / "SAT_train.parquet", tmp_path / "less.parquet", tmp_path / "chain.json"
+    pq.write_table(pq.read_table(raw).drop_columns(["question"]), less)
+    chain.write_text(json.dumps([chat(image="none.png")]))
+    for name, text in {"list.json": '[{"a": 1},\n{"b" 2}]', "lines.jsonl": '{"a": 1}\n\n{"b": 2',
+                       "none.json": "[]"}.items():
+        (tmp_path / name).write_text(text)
+    for flags, words in [
+            (["--parquet", "none.parquet"], ["none.parquet", "does not exist"]),
+            (["--parquet", pictures / "a.png"], ["a.png", "Parquet"]),
+            (["--parquet", less], ["less.parquet", "question or problem", "image_bytes, answers"]),
+            (["--from", less, "--columns", "answer=label"], ["answer=label", "image_bytes"]),
+            (["--from", less, "--columns", "reply=answers"], ["reply=answers", "question_type"]),
+            (["--from", less, "--columns", "answer"], ["--columns answer", "OURS=THEIRS"]),
+            (["--from", raw, "--columns", "answer="], ["--columns answer=NAME"]),
+            (["--from", "none/here"], ["none/here", "hub"]), (["--from", "none.jsonl"], ["none.jsonl"]),
+            (["--from", "list.json"], ["list.json, line 2"]), (["--from", "lines.jsonl"], ["line 3"]),
+            (["--from", "none.json"], ["none.json", "(none)"]),
+            (["--from", raw, "--columns", "answer=question"], ["SAT_train.parquet", "no row"]),
+            (["--sharegpt", "none.json"], ["none.json", "no row"]), (["--sharegpt", chain], ["no row"]),
+            (["--sharegpt", "gone.json"], ["gone.json"]), (["--sharegpt", pictures / "a.png"], ["a.png"]),
+            (["--sharegpt", chain, "--image_dir", "none"], ["--image_dir none"]),
+            (["--image_dir", pictures], ["--image_dir", "--sharegpt"]),
+            (["--parquet", raw, "--columns", "answer=label"], ["--columns", "--from"]),
+            (["--toy", "--limit", 3], ["--toy", "--limit"]),
+            (["--parquet", raw, "--limit", 0], ["--limit 0"])]:
+        with stops(*words):
+            prepare_sat.main([*map(str, flags), "--out", str(tmp_path / "out")])
+    for flags in ["--toy", "--parquet", "x"], ["--from", "x", "--sharegpt", "x"]:
+        with pytest.raises(SystemExit, match="2"):
+            prepare_sat.main(flags)
+    assert not list(tmp_path.glob("out/*")) and not (tmp_path / "data").exists()
 
 
 @pytest.mark.parametrize("broken", [NO_JPEG, HALF_A_JPEG], ids=["header", "body"])
@@ -1069,7 +1565,7 @@ def test_long_prompts_are_dropped_and_never_cut(train, sat, model_dir, model, tm
 def test_output_dir_in_use_is_refused_or_overwritten(train, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine").touch()
-    (tmp_path / "run" / "config.json").touch()
+    (tmp_path / "run" / "config.json").write_text("{}")
     with stops("run exists"):
         train(tmp_path / "run")
     with stops("none"):  # an error elsewhere deletes nothing

@@ -8,7 +8,8 @@ at a time and in left-padded batches in the order of the file, and by `answer_qu
 own CV-Bench-shaped set. The 47M model of bench/step.py has random weights and would never end; a third of
 the vocabulary ends its answers instead, so that their lengths differ, and its images are 84 to 504 pixels
 wide. Equal work is asserted: every answer must be the same, token for token. The last line times both modes
-of a base model together, where an image is encoded once, against one after the other.
+of a base model together, where an image is encoded once, against one after the other. Seconds are the
+process's own, with one thread: what else the machine does hardly matters.
 
 Killed: SIGKILL once a random number of answers is on disk, alternately to one process and to two started by
 torchrun, and started again, until all is answered. The kept files must equal those of an undisturbed run.
@@ -114,9 +115,9 @@ def speed(name, build, batch_size, max_new_tokens, args):
     seconds, answers = {way: [] for way in ways}, {}
     for _ in range(args.repeats):
         for way, run in ways.items():
-            start = time.perf_counter()
+            start = time.process_time()
             answers[way] = run()
-            seconds[way].append(time.perf_counter() - start)
+            seconds[way].append(time.process_time() - start)
     alone, batched, kept = answers["one"], answers["many"], answers["both"]
     assert kept == answers["ours"] | answers["direct"]
     for i, ids in alone.items():
@@ -177,10 +178,9 @@ def main():
     parser.add_argument("--repeats", type=int, default=3, help="interleaved; medians are printed")
     parser.add_argument("--kill", type=int, help="kill so many times instead")
     parser.add_argument("--seed", type=int, default=0, help="of the points at which it is killed")
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", help="also write the printed lines to this file")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as args.scratch:
         if args.kill:
@@ -193,7 +193,7 @@ def main():
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
     cpu = info.partition("model name\t: ")[2].partition("\n")[0].strip() or platform.machine()
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    lines += ["", f"{cpu}, {args.threads} of {os.cpu_count()} cores; Python {platform.python_version()}, "
+    lines += ["", f"{cpu}, 1 of {os.cpu_count()} cores; Python {platform.python_version()}, "
                   f"{versions}; `{' '.join(['python bench/evaluate.py', *sys.argv[1:]])}`"]
     print("\n".join(lines))
     if args.out:

@@ -132,7 +132,9 @@ class Ours:
         return gv.score_rollout(self.frozen, self.prompts, rollout, self.cfg)
 
     def update(self, rollout, advantages, ref_logps):
-        return gv.update(self.policy, self.prompts, rollout, advantages, ref_logps, None, self.cfg)[0]
+        weights = gv.weigh_tokens(rollout.completion_mask.sum(1), rollout.finished, self.cfg).float()
+        return gv.update(self.policy, self.prompts, rollout, advantages, weights, ref_logps, None,
+                         self.cfg)[0]
 
 
 class UsualWay:
