@@ -608,7 +608,8 @@ def main(argv=None):
         fail("--temperature must be at least 0, and --top_p above 0 and at most 1")
     if args.compare:
         return compare(args.compare)
-    state = PartialState(timeout=timedelta(days=7))  # processes meet at the end only, however slow one is
+    # processes meet at the end only, however slow one is; cpu: or without a GPU each would think itself alone
+    state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     args.dtype = args.dtype or ("bfloat16" if state.device.type == "cuda" else "float32")
     if args.model is None:
         args.model = checkpoints(args.run or Path("runs/toy"), only_ends=args.run is None)

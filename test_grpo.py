@@ -1902,9 +1902,22 @@ def test_a_killed_run_loses_no_answer(evaluate, evaluated, tmp_path, monkeypatch
 
 
 def test_two_processes_give_the_results_of_one(evaluate, evaluated, tmp_path, monkeypatch):
-    launch = [sys.executable, *"-m torch.distributed.run --nproc_per_node 2".split(), eval_cvbench.__file__]
+    (tmp_path / "spy.py").write_text(f"""
+import json, os, pathlib, sys
+sys.path.insert(0, {str(Path(g.__file__).parent)!r})
+import eval_cvbench
+def spy(model, tokenizer, image_processor, todo, *rest, do=eval_cvbench.answer_questions):
+    asked = {{mode: [q["id"] for q in questions] for mode, questions in todo.items()}}
+    pathlib.Path({str(tmp_path)!r}, "asked" + os.environ["RANK"]).write_text(json.dumps(asked))
+    return do(model, tokenizer, image_processor, todo, *rest)
+eval_cvbench.answer_questions = spy
+eval_cvbench.main()""")
+    launch = [sys.executable, *"-m torch.distributed.run --nproc_per_node 2".split(), tmp_path / "spy.py"]
     monkeypatch.setattr(eval_cvbench, "main", lambda argv: subprocess.run(launch + argv, check=True))
     folder = evaluate(tmp_path, "--modes", "all")
+    for rank, share in enumerate([[0, 2, 4], [1, 3]]):
+        asked = json.loads((tmp_path / f"asked{rank}").read_text())
+        assert asked == {"base-reasoning": share, "base-direct": share}
     assert {path.name for path in folder.iterdir()} == {path.name for path in evaluated.iterdir()}
     for name in "base-direct.jsonl", "base-reasoning.jsonl", "summary.json", "summary.md":
         assert (folder / name).read_text() == (evaluated / name).read_text()

@@ -158,6 +158,9 @@ def kill(args):
                                     ).stdout.split():  # torchrun's workers have sessions of their own
             os.kill(int(child), signal.SIGKILL)
         run.wait()
+        kept = [line.split(", ")[0] + path.name.split(".")[0] for path in killed.glob("*.jsonl")
+                for line in path.read_text().splitlines()]
+        assert len(kept) == len(set(kept)), "a question was asked twice"
         print(f"killed {'two processes' if launcher else 'one process'} at {count()} of {total} answers, "
               f"{len(list(killed.glob('*.rank*')))} unmerged files", file=sys.stderr)
     subprocess.run([sys.executable, *command, folder / "killed"], check=True, **quiet)
