@@ -43,7 +43,7 @@ from tqdm import tqdm
 
 from grpo_vision import (append_jsonl, build_prompt, build_question, choose, choose_prompt, completion_text,
                          end_tokens, extract_answer, fail, grade, load_model, load_processors, open_image,
-                         render, sample, seeded, set_threads, suppressed_tokens)
+                         render, sample, seeded, set_threads, suppressed_tokens, write_whole)
 from scores import (PUBLISHED, REFLECTION, accuracy, comparison, markdown, rate_rows, score_rows, summarise,
                     text_table)
 
@@ -259,16 +259,13 @@ def collect(file):
 
 
 def store(file, records):
-    """Records -> FILE, in one move."""
-    partial = file.with_suffix(".tmp")
-    partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-    partial.rename(file)
+    write_whole(file, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def keep(file, expected):
-    """Leave in FILE, whole lines and all processes' together, the answers that would be given again now.
-    expected: record -> dict of what it has to have. If some differ, all are put aside first, under a name of
-    their own."""
+    """Leave in FILE, whole lines and all processes' together, the answers that would be given again now
+    -> these records. expected: record -> dict of what it has to have. If some differ, all are put aside
+    first, under a name of their own."""
     records = collect(file)
     if differ := [(key, r.get(key), value) for r in records for key, value in expected(r).items()
                   if r.get(key) != value]:
@@ -283,6 +280,7 @@ def keep(file, expected):
         store(file, records)
     for path in file.parent.glob(f"{file.stem}.rank*.jsonl"):
         path.unlink()
+    return records
 
 
 def compare(paths):
@@ -374,7 +372,7 @@ def write_report(file, title, answers, questions, most=25):
                 f'chosen: <span class="wrong">{said}</span>{"" if r["finished"] else " (cut off)"}'
                 f'<pre>{html.escape(r["completion"])}</pre></div></article>')
     option = lambda names: "".join(f"<option>{html.escape(name)}</option>" for name in dict.fromkeys(names))
-    file.write_text(REPORT.format(
+    write_whole(file, REPORT.format(
         title=html.escape(title), tables=tables, wrong="\n".join(articles), shown=len(articles),
         all=sum(map(len, wrong.values())), tasks=option(task for _, task in wrong), modes=option(answers)))
 
@@ -710,22 +708,20 @@ def conclude(name, path, questions, known, folder, strict):
     """All modes' kept answers, graded anew -> summary.json, summary.md, report.html, and {mode: records}."""
     answers = {}
     for mode in MODES:
-        file = folder / f"{mode}.jsonl"
-        keep(file, lambda record: {"mode": mode, **known.get(record["id"], {})})
-        records = [graded(record, strict) for record in collect(file)]
-        if file.exists():
-            store(file, records)
-        if some := [r for r in records if r["id"] in known]:
-            answers[mode] = some
+        kept = keep(folder / f"{mode}.jsonl", lambda r: {"mode": mode, **known.get(r["id"], {})})
+        if records := [graded(record, strict) for record in kept]:
+            store(folder / f"{mode}.jsonl", records)
+        if asked := [r for r in records if r["id"] in known]:
+            answers[mode] = asked
     if not answers:
         fail(f"{folder} has no kept answers to these questions; start without --regrade")
     summaries = {mode: summarise(records) for mode, records in answers.items()}
     title = f"{name} on {path}" + ", graded as in training" * strict
-    (folder / "summary.json").write_text(json.dumps(
+    write_whole(folder / "summary.json", json.dumps(
         {mode: summary | {"scores": {key: score._asdict() for key, score in summary["scores"].items()}}
          for mode, summary in summaries.items()}, indent=1))
     tables = score_rows(summaries), rate_rows(summaries)
-    (folder / "summary.md").write_text("\n".join([f"# {title}\n", *map(markdown, tables)]))
+    write_whole(folder / "summary.md", "\n".join([f"# {title}\n", *map(markdown, tables)]))
     write_report(folder / "report.html", title, answers, questions)
     for mode, summary in summaries.items():
         missing = len(questions) - len(answers[mode])

@@ -74,8 +74,8 @@ def score(parts):
     for weight, records in parts:
         n, p = len(records), mean(bool(r["correct"]) for r in records)
         middle, half = p + Z**2 / (2 * n), Z * (p * (1 - p) / n + Z**2 / (4 * n**2)) ** 0.5
-        ends = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
-        shares.append((weight, p, *(min(max(end, 0.0), 1.0) for end in ends)))  # but for rounding they are
+        low, high = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
+        shares.append((weight, p, min(p, max(low, 0.0)), max(p, min(high, 1.0))))  # against rounding
         variance += weight**2 * p * (1 - p) / n
         chance += weight * mean(1 / len(r["options"]) for r in records)
     value, low, high = weighted(shares)

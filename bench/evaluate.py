@@ -133,6 +133,15 @@ def speed(name, build, batch_size, max_new_tokens, args):
             f"{(ours + direct) / both:.2f}x")
 
 
+def count(folder):
+    """Whole lines in its results."""
+    while True:
+        try:
+            return sum(path.read_bytes().count(b"\n") for path in folder.glob("*.jsonl"))
+        except FileNotFoundError:  # taken over by another while we looked
+            pass
+
+
 def kill(args):
     """Runs until all is answered, killed args.kill times on the way -> a line that says what happened."""
     rng, folder = random.Random(args.seed), Path(args.scratch)
@@ -143,14 +152,13 @@ def kill(args):
     subprocess.run([sys.executable, *command, folder / "whole"], check=True, **quiet)
     whole = next((folder / "whole").glob("*/*"))
     killed = folder / "killed" / whole.relative_to(folder / "whole")
-    count = lambda: sum(path.read_bytes().count(b"\n") for path in killed.glob("*.jsonl"))
-    total = sum(path.read_bytes().count(b"\n") for path in whole.glob("*.jsonl"))
+    total = count(whole)
     points = sorted(rng.sample(range(1, total), args.kill))
     for n, point in enumerate(points):
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2"] if n % 2 else []
         run = subprocess.Popen([sys.executable, *launcher, *command, folder / "killed", "--batch_size", "8"],
                                start_new_session=True, **quiet)
-        while count() < point:
+        while count(killed) < point:
             assert run.poll() is None, "it ended before it was killed"
             time.sleep(0.005)
         os.killpg(run.pid, signal.SIGKILL)
@@ -161,7 +169,7 @@ def kill(args):
         kept = [line.split(", ")[0] + path.name.split(".")[0] for path in killed.glob("*.jsonl")
                 for line in path.read_text().splitlines()]
         assert len(kept) == len(set(kept)), "a question was asked twice"
-        print(f"killed {'two processes' if launcher else 'one process'} at {count()} of {total} answers, "
+        print(f"killed {'two processes' if launcher else 'one process'} at {count(killed)} of {total} answers, "
               f"{len(list(killed.glob('*.rank*')))} unmerged files", file=sys.stderr)
     subprocess.run([sys.executable, *command, folder / "killed"], check=True, **quiet)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *command,
