@@ -45,7 +45,7 @@ from grpo_vision import (append_jsonl, build_prompt, build_question, choose, cho
                          end_tokens, extract_answer, fail, grade, load_model, load_processors, open_image,
                          render, sample, seeded, set_threads, suppressed_tokens, write_whole)
 from scores import (PUBLISHED, REFLECTION, accuracy, comparison, markdown, rate_rows, score_rows, summarise,
-                    text_table)
+                    text_table, write_report)
 
 
 # ---- The questions ---------------------------------------------------------------------------------------
@@ -296,85 +296,6 @@ def compare(paths):
         print(f"warning: left out: {alone} questions that only one of the files has", file=sys.stderr)
     print(f"A: {paths[0]}\nB: {paths[1]}")
     print(comparison([a[i] for i in both], [b[i] for i in both]))
-
-
-# ---- The report ------------------------------------------------------------------------------------------
-
-REPORT = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
-table {{ border-collapse: collapse; font-size: 13px; margin: 1rem 0; display: block; overflow-x: auto }}
-td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd }}
-td:first-child {{ text-align: left; white-space: nowrap }}
-tr:first-child {{ font-weight: 600 }}
-article {{ display: flex; gap: 1rem; border-top: 1px solid #ccc; padding: 1rem 0 }}
-article[hidden] {{ display: none }}
-article img {{ max-width: 16rem; max-height: 16rem }}
-pre {{ white-space: pre-wrap; background: #f6f6f6; padding: .5rem; max-height: 20rem; overflow: auto }}
-.right {{ background: #d9f2d9 }} .wrong {{ background: #fbe0dd }} .right, .wrong {{ padding: 0 .3rem }}
-</style>
-<h1>{title}</h1>
-{tables}
-<h2>Wrong answers</h2>
-<p>{shown} of {all}. Task <select id="task"><option>all</option>{tasks}</select>
-mode <select id="mode"><option>all</option>{modes}</select></p>
-{wrong}
-<script>
-const pick = name => document.getElementById(name).value
-const show = () => document.querySelectorAll("article").forEach(a => a.hidden =
-  ["task", "mode"].some(name => pick(name) != "all" && pick(name) != a.dataset[name]))
-for (const name of ["task", "mode"]) document.getElementById(name).onchange = show
-</script></html>"""
-
-
-def bars(summary):
-    """Accuracy by task, a bar each with its interval, and a mark at chance -> SVG."""
-    lines = []
-    for i, (name, s) in enumerate(summary["scores"].items()):
-        y, x = 22 * i + 12, lambda percent: 130 + 4 * percent
-        lines.append(
-            f'<text x="122" y="{y + 4}" text-anchor="end">{html.escape(name[:20])}</text>'
-            f'<rect x="130" y="{y - 7}" width="{4 * s.value:.1f}" height="14" fill="#7fb2e5"/>'
-            f'<path d="M{x(s.low):.1f} {y}H{x(s.high):.1f}m0 -4v8M{x(s.low):.1f} {y - 4}v8" stroke="#234"/>'
-            f'<path d="M{x(s.chance):.1f} {y - 9}v18" stroke="#c33" stroke-dasharray="3 2"/>'
-            f'<text x="540" y="{y + 4}">{s.value:.1f}</text>')
-    return (f'<svg width="580" height="{22 * len(lines) + 4}" font-size="12" role="img" '
-            f'aria-label="accuracy with 95 % intervals">{"".join(lines)}</svg>')
-
-
-def write_report(file, title, answers, questions, most=25):
-    """{mode: records} -> FILE: one self-contained page. Of each mode and task at most `most` wrong answers,
-    drawn with a seed, or the page would not open. All text is escaped: markup in an answer shows as text."""
-    summaries = {mode: summarise(records) for mode, records in answers.items()}
-    cells = lambda row: "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>"
-    tables = "".join(f'<table>{"".join(map(cells, rows))}</table>'
-                     for rows in (score_rows(summaries), rate_rows(summaries)))
-    tables += "<p>Bars: accuracy with its 95 % interval; dashed: chance.</p>"
-    tables += "".join(f"<h3>{mode}</h3>{bars(summary)}" for mode, summary in summaries.items())
-    asked, wrong = {q["id"]: q for q in questions}, defaultdict(list)
-    for mode, records in answers.items():
-        for r in records:
-            if not r["correct"]:
-                wrong[mode, r["task"]].append(r)
-    articles = []
-    for (mode, task), records in wrong.items():
-        for r in sorted(seeded("report").sample(records, min(most, len(records))), key=lambda r: r["id"]):
-            pictures = "".join(f'<img alt="the image" src="{data_url(image, 320)}">'
-                               for image in asked[r["id"]]["images"])
-            said = html.escape(r["chosen"] or f"no choice: {(r['extracted'] or 'nothing')[:80]}")
-            articles.append(
-                f'<article data-task="{html.escape(task)}" data-mode="{mode}"><div>{pictures}</div><div>'
-                f'<b>{html.escape(task)}</b>, question {r["id"]}, {mode}'
-                f'<pre>{html.escape(asked[r["id"]]["text"])}</pre>'
-                f'Choices: {html.escape(", ".join(r["options"]))}<br>'
-                f'Right: <span class="right">{html.escape(r["answer"])}</span> '
-                f'chosen: <span class="wrong">{said}</span>{"" if r["finished"] else " (cut off)"}'
-                f'<pre>{html.escape(r["completion"])}</pre></div></article>')
-    option = lambda names: "".join(f"<option>{html.escape(name)}</option>" for name in dict.fromkeys(names))
-    write_whole(file, REPORT.format(
-        title=html.escape(title), tables=tables, wrong="\n".join(articles), shown=len(articles),
-        all=sum(map(len, wrong.values())), tasks=option(task for _, task in wrong), modes=option(answers)))
 
 
 # ---- A run to look at: curves.png and rollouts.html ------------------------------------------------------
@@ -722,7 +643,7 @@ def conclude(name, path, questions, known, folder, strict):
          for mode, summary in summaries.items()}, indent=1))
     tables = score_rows(summaries), rate_rows(summaries)
     write_whole(folder / "summary.md", "\n".join([f"# {title}\n", *map(markdown, tables)]))
-    write_report(folder / "report.html", title, answers, questions)
+    write_report(folder / "report.html", title, answers, questions, lambda image: data_url(image, 320))
     for mode, summary in summaries.items():
         missing = len(questions) - len(answers[mode])
         print(f"{title}, {mode}" + f", {missing} questions not answered yet" * bool(missing))
