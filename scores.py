@@ -169,7 +169,7 @@ REPORT = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}<
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }}
 table {{ border-collapse: collapse; font-size: 13px; margin: 1rem 0; display: block; overflow-x: auto }}
-td {{ padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
+td {{ padding: .25rem .4rem; text-align: right; border-bottom: 1px solid #ddd; white-space: nowrap }}
 td:first-child {{ text-align: left }}
 tr:first-child {{ font-weight: 600 }}
 article {{ display: flex; gap: 1rem; border-top: 1px solid #ccc; padding: 1rem 0 }}
