@@ -169,7 +169,7 @@ def kill(args):
         kept = [line.split(", ")[0] + path.name.split(".")[0] for path in killed.glob("*.jsonl")
                 for line in path.read_text().splitlines()]
         assert len(kept) == len(set(kept)), "a question was asked twice"
-        print(f"killed {'two processes' if launcher else 'one process'} at {count(killed)} of {total} answers, "
+        print(f"killed {1 + n % 2} process(es) at {count(killed)} of {total} answers, "
               f"{len(list(killed.glob('*.rank*')))} unmerged files", file=sys.stderr)
     subprocess.run([sys.executable, *command, folder / "killed"], check=True, **quiet)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", *command,
