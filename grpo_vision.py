@@ -47,7 +47,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 import transformers
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils import broadcast_object_list, gather_object
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_optimizer_state_dict, set_optimizer_state_dict)
@@ -204,6 +204,18 @@ TEMPLATES = {
 }
 
 
+# The base prompt as a chat template, which checkpoints carry: a server then asks as the policy was trained.
+# It tells no role from another, so that it does not make the model an instruct model.
+SERVED_PROMPT = (
+    "{%- for message in messages -%}"
+    "{%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string "
+    "else message.content -%}{%- set images = parts | selectattr('type', 'equalto', 'image') | list -%}"
+    "{%- for image in images -%}{% if images | length > 1 %}Picture {{ loop.index }}: {% endif %}"
+    + IMAGE_TOKENS + "{%- endfor -%}" + BASE_PROMPT.replace(
+        "{question}", "{% for part in parts if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '' }}")
+    + "{%- endfor -%}")
+
+
 def choose_prompt(tokenizer, prompt="auto"):
     """-> "base" or "instruct"; auto: instruct if the chat template tells user from assistant."""
     if prompt != "auto":
@@ -276,7 +288,6 @@ def build_prompt(text, images, tokenizer, image_processor, model):
     """text: str from `render`, images: list of PIL images, may be empty -> Prompt on the model's device."""
     pixels, tokens_per_image = {}, []
     if images:
-        images = [image.convert("RGB") for image in images]
         pixels = image_processor(images=images, return_tensors="pt").to(model.device)
         tokens_per_image = (pixels["image_grid_thw"].prod(-1) // image_processor.merge_size**2).tolist()
     ids = tokenizer(expand_images(text, tokens_per_image), return_tensors="pt").input_ids         # (1, P)
@@ -859,15 +870,22 @@ def end_tokens(tokenizer):
     return list(dict.fromkeys([tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(qwen)]))
 
 
+def upright(picture):
+    """PIL image -> RGB as a viewer shows it: turned as its EXIF tag says, white where it is transparent."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
 def open_image(image, where, decode=True):
-    """{"bytes", "path"} -> PIL image, or stop and name its row. decode False reads only the header."""
+    """{"bytes", "path"} -> RGB image, or stop and name its row. decode False reads only the header."""
     try:
         picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
-        if decode:
-            picture.load()
-        return picture
+        return upright(picture) if decode else picture
     except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error ...
-        fail(f"{where}: its image cannot be read ({error}); remove the row (prepare_sat.py would)")
+        fail(f"{where}: its image cannot be read ({error}); remove the row")
 
 
 def load_data(cfg, template, tokenizer, image_processor, num_processes=1):
@@ -1056,6 +1074,8 @@ def setup(cfg):
     tokenizer, image_processor = load_processors(start, cfg.min_pixels, cfg.max_pixels)
     template = choose_prompt(tokenizer, cfg.prompt)
     data, data_path, kept = load_data(cfg, template, tokenizer, image_processor, accelerator.num_processes)
+    if template == "base":
+        tokenizer.chat_template = SERVED_PROMPT
     if cfg.algorithm == "sft" and "completion" not in data.column_names:
         template += "-direct"  # nothing but the answer to learn
     eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}

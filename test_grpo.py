@@ -45,7 +45,6 @@ from transformers.cache_utils import Cache
 import eval_cvbench
 import grpo_vision as g
 import prepare_sat
-import scores
 
 torch.set_num_threads(1)
 
@@ -1212,7 +1211,7 @@ def test_checkpoints_reload_with_identical_logits(name, trained, prompts, proces
     assert torch.equal(logits_of(g.patch_embed_as_matmul(again), prompts[2]), at_save[name])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert AutoImageProcessor.from_pretrained(folder, backend="pil").size["longest_edge"] == 401408
-    assert tokenizer.chat_template == CHAT_TEMPLATE
+    assert tokenizer.chat_template == g.SERVED_PROMPT  # a server asks as it was trained
     assert tokenizer(g.BASE_PROMPT).input_ids == processors[0](g.BASE_PROMPT).input_ids
     assert len(json.loads((folder / "generation_config.json").read_text())["eos_token_id"]) == 2
 
@@ -1682,16 +1681,16 @@ def test_images_are_seen_upright_and_transparency_is_white():
     near = lambda one, other: max(abs(a - b) for a, b in zip(one, other)) < 40
     corners = lambda x: [x.getpixel((2, 2)), x.getpixel((x.width - 3, 2)), x.getpixel((2, x.height - 3))]
     stored = Image.open(io.BytesIO(turned(image)))
-    seen = eval_cvbench.upright(stored)
+    seen = g.upright(stored)
     assert stored.size == (24, 40) and seen.size == image.size and seen.mode == "RGB"
     assert all(map(near, corners(seen), corners(image)))
     assert not all(map(near, corners(stored.rotate(180)), corners(image)))
     clear = image.convert("RGBA")
     clear.putalpha(Image.new("L", image.size, 0))
-    assert eval_cvbench.upright(clear).getpixel((2, 2)) == (255, 255, 255)
+    assert g.upright(clear).getpixel((2, 2)) == (255, 255, 255)
     assert clear.convert("RGB").getpixel((2, 2)) != (255, 255, 255)
     for mode in "L", "P", "LA", "RGBA", "1", "CMYK":
-        assert near(eval_cvbench.upright(image.convert(mode)).getpixel((30, 20)),
+        assert near(g.upright(image.convert(mode)).getpixel((30, 20)),
                     image.convert(mode).convert("RGB").getpixel((30, 20)))
 
 
@@ -1704,7 +1703,7 @@ def test_batched_answers_are_those_of_one_at_a_time_and_of_generate(cvbench, mod
         for n in (1, 3, 32))
     assert one == three == all_at_once and len({r["completion"] for r in one}) > 4 and len(one) == 9
     for r in one:
-        images = [eval_cvbench.upright(g.open_image(image, "")) for image in questions[r["id"]]["images"]]
+        images = [g.open_image(image, "") for image in questions[r["id"]]["images"]]
         prompt = g.build_prompt(r["prompt"], images, *processors, model)
         ids = stock.generate(**inputs_of(stock, prompt), do_sample=False, max_new_tokens=10,
                              suppress_tokens=suppressed.nonzero()[:, 0].tolist(),
@@ -1749,11 +1748,11 @@ def test_ask_prints_the_answer(model_dir, tmp_path, capsys):
 
 def test_a_served_base_model_gets_the_base_prompt(processors):
     tokenizer = copy.deepcopy(processors[0])
-    tokenizer.chat_template = (Path(g.__file__).parent / "base_prompt.jinja").read_text()
+    tokenizer.chat_template = g.SERVED_PROMPT
     asked = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}],
                                                           tokenize=False, add_generation_prompt=True)
     text = {"type": "text", "text": "Which?\n(A) left"}
-    for images in 0, 1:
+    for images in 0, 1, 2:
         expected = g.render(text["text"], images, "base", None)
         assert asked([{"type": "image"}] * images + [text]) == expected
     assert asked(text["text"]) == g.render(text["text"], 0, "base", None)
@@ -1774,7 +1773,7 @@ def graded(verdicts):
 
 
 def test_scores_by_hand():
-    summary = scores.summarise(graded(HAND))
+    summary = eval_cvbench.summarise(graded(HAND))
     value = {name: s.value for name, s in summary["scores"].items()}
     official = 100 * ((1 / 2 + 3 / 4) / 2 + 1 / 5) / 2
     assert value == pytest.approx({"Count": 400 / 6, "Depth": 20, "ADE20K": 50, "COCO": 75, "Omni3D": 20,
@@ -1789,9 +1788,9 @@ def test_scores_by_hand():
     half = 500 / 11
     assert rates == pytest.approx(dict(unparsed=600 / 11, truncated=400 / 11, letters=100, block=half,
                                        reflection=half, length=10 + 5 / 11))
-    eight = scores.score([(1, [{"correct": i < 8, "options": "ab"} for i in range(10)])])
+    eight = eval_cvbench.score([(1, [{"correct": i < 8, "options": "ab"} for i in range(10)])])
     assert (eight.low, eight.high) == pytest.approx((49.02, 94.33), abs=0.01)  # Wilson's interval of 8 in 10
-    none = scores.score([(1, [{"correct": False, "options": "ab"}] * 10)])
+    none = eval_cvbench.score([(1, [{"correct": False, "options": "ab"}] * 10)])
     assert none.low == 0 and none.high == pytest.approx(27.75, abs=0.01) and "-" not in f"{none.low:.1f}"
 
 
@@ -1804,7 +1803,7 @@ def test_intervals_are_those_of_a_bootstrap():
     rng = random.Random(0)
     verdicts = {name: [rng.random() < p for _ in range(n)]
                 for name, n, p in (("ADE20K", 150, 0.9), ("COCO", 200, 0.8), ("Omni3D", 300, 0.2))}
-    found = scores.summarise(graded(verdicts))["scores"]
+    found = eval_cvbench.summarise(graded(verdicts))["scores"]
     mean = lambda some: sum(some) / len(some)
     again = [{name: rng.choices(some, k=len(some)) for name, some in verdicts.items()} for _ in range(4000)]
     official = [100 * ((mean(x["ADE20K"]) + mean(x["COCO"])) / 2 + mean(x["Omni3D"])) / 2 for x in again]
@@ -1820,24 +1819,24 @@ def test_paired_difference_against_all_permutations_and_a_bootstrap():
     rng = random.Random(1)
     pairs = [{"correct": a, "other": b} for a, b in
              [(True, True)] * 6 + [(False, False)] * 4 + [(True, False)] * 3 + [(False, True)] * 9]
-    d, low, high, p = scores.difference([(1, pairs)])
+    d, low, high, p = eval_cvbench.difference([(1, pairs)])
     assert d == pytest.approx(100 * 6 / 22)
     gains = [x["other"] - x["correct"] for x in pairs if x["other"] != x["correct"]]
     sums = [abs(sum(map(lambda sign, gain: sign * gain, signs, gains)))
             for signs in itertools.product((1, -1), repeat=12)]
     assert p == pytest.approx(sum(s >= 6 for s in sums) / 2**12)
-    assert scores.difference([(1, pairs[:10])])[3] == 1  # nobody was better anywhere
-    swapped = scores.difference([(1, [{"correct": x["other"], "other": x["correct"]} for x in pairs])])
+    assert eval_cvbench.difference([(1, pairs[:10])])[3] == 1  # nobody was better anywhere
+    swapped = eval_cvbench.difference([(1, [{"correct": x["other"], "other": x["correct"]} for x in pairs])])
     assert swapped == pytest.approx((-d, -high, -low, p))
     many = pairs * 20 + [{"correct": right, "other": right} for right in (True, False)] * 440
-    d, low, high, _ = scores.difference([(1, many)])
+    d, low, high, _ = eval_cvbench.difference([(1, many)])
     gains = [x["other"] - x["correct"] for x in many]
     again = [100 * sum(rng.choices(gains, k=1320)) / 1320 for _ in range(4000)]
     assert [low, high] == pytest.approx(quantiles(again), abs=0.4)
     shares = [sum(x[name] for x in many) / 1320 for name in ("correct", "other")]
     unpaired = 2 * 196 * (sum(p * (1 - p) for p in shares) / 1320) ** 0.5
     assert unpaired > 1.5 * (high - low)  # the control: what taking the two for independent would give
-    half = scores.difference([(0.5, many), (0.5, many)])  # of two halves as good: narrower by root 2
+    half = eval_cvbench.difference([(0.5, many), (0.5, many)])  # of two halves as good: narrower by root 2
     assert half[0] == pytest.approx(d) and half[2] - half[1] == pytest.approx((high - low) / 2**0.5)
 
 
@@ -1847,7 +1846,8 @@ def test_the_papers_rows_stand_beside_all_of_cvbench_only():
     records = [{**graded({source: [1]})[0], "task": task} for (task, source), n in of_each.items()
                for _ in range(n)]
     for some, there in (records, True), (records[1:], False):
-        table = scores.markdown(scores.score_rows({"base-reasoning": scores.summarise(some)}))
+        rows = eval_cvbench.score_rows({"base-reasoning": eval_cvbench.summarise(some)})
+        table = eval_cvbench.markdown(rows)
         assert ("| paper: base + GRPO | 59.64 | 66.76 | 54.16 | 56.66 | 59.47 |" in table) == there
 
 
@@ -2025,12 +2025,12 @@ def test_the_report_is_self_contained_and_shows_markup_as_text(cvbench, evaluate
         chosen = evil if mode == "base-direct" else None
         kept[mode] = [{**r, "completion": evil, "extracted": evil, "options": [*r["options"], evil],
                        "task": "Count <i>", "chosen": chosen} for r in records]
-    scores.write_report(tmp_path / "report.html", evil, kept, questions, eval_cvbench.data_url)
+    eval_cvbench.write_report(tmp_path / "report.html", evil, kept, questions)
     page = Page((tmp_path / "report.html").read_text())
     assert page.open == [] and page.tags["article"] == page.tags["img"] == 10
     assert page.tags["script"] == 1 and not page.tags["b"] - 10 and not page.tags["i"]
     assert page.text.count(evil) >= 10 + 10 + 5 and "10 of 10" in page.text
-    scores.write_report(tmp_path / "small.html", "x", kept, questions, eval_cvbench.data_url, most=2)
+    eval_cvbench.write_report(tmp_path / "small.html", "x", kept, questions, most=2)
     assert Page((tmp_path / "small.html").read_text()).tags["article"] == 4
     page = Page((evaluated / "report.html").read_text())
     assert page.open == [] and page.tags["svg"] == 2 and page.tags["table"] == 2

@@ -35,7 +35,8 @@ ROWS = {  # name -> flags, None: no training
 }
 # Qwen's chat template, as far as one turn of text needs it
 ROLES = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-         "{{ message['content'] }}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+         "{{ message['content'] }}<|im_end|>\n{% endfor %}"
+         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 def folder(row, seed):
