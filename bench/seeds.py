@@ -42,8 +42,8 @@ def make(seed):
     data, run = "data/toy" + (f"-s{seed}" if seed else ""), f"runs/seeds/{seed}"
     sets = ",".join(f"{data}/{name}" for name in ("cvbench", "test.parquet"))
     seconds = stage(seed, "base", ["prepare_sat.py", "--toy", "--seed", str(seed), "--out", data])
-    seconds += stage(seed, "grpo", ["grpo_vision.py", "--seed", str(seed), "--data", data, "--eval_data", sets,
-                                    "--model_name_or_path", f"{data}/base", "--output_dir", run])
+    seconds += stage(seed, "grpo", ["grpo_vision.py", "--seed", str(seed), "--model_name_or_path",
+                                    f"{data}/base", "--data", data, "--eval_data", sets, "--output_dir", run])
     for when, model in ("before", f"{data}/base"), ("after", f"{run}/final"):
         for name, flags in SETS.items():
             stage(seed, f"{when}-{name}", ["eval_cvbench.py", "--model", model, "--data", f"{data}/{name}",
