@@ -102,7 +102,7 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(prompts_per_step=16, max_completion_length=64, max_steps=100, learning_rate=1e-4, beta=0.01,
+    "toy": dict(prompts_per_step=16, max_completion_length=64, max_steps=100, learning_rate=2e-4, beta=0.01,
                 save_steps=50, eval_steps=10, eval_data="data/toy/cvbench,data/toy/test.parquet"),
     # the paper's recipe is Config's defaults; 401,408 pixels are 512 image tokens of 28 x 28
     "sat": dict(model_name_or_path="Qwen/Qwen2-VL-2B", data="data/sat", min_pixels=3136, max_pixels=401408),

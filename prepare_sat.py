@@ -453,7 +453,7 @@ def pack(prefix, branches, next_position):
 # first, on a few words; then short questions; then the same in the paper's wording, with whose long preamble
 # all that would take many times as long. Bad habits come last and slowly, because they make it forget.
 SCHOOL = [("seeing", 250, 32, 3e-3, 3e-3), ("answering", 300, 16, 3e-3, 3e-3),
-          ("reasoning", 400, 8, 3e-3, 5e-4), ("mixture", 60, 8, 5e-4, 1e-4)]
+          ("reasoning", 400, 8, 3e-3, 5e-4), ("mixture", 90, 8, 8e-4, 1e-4)]
 KINDS = 2 * SAT_KINDS + ["distance"]  # what is asked, as often as listed
 PROMPT_HEAD, PROMPT_TAIL = BASE_PROMPT.split(" {question}")
 
