@@ -523,7 +523,8 @@ def write_report(file, title, answers, questions, most=25):
 # ---- A run to look at: curves.png and rollouts.html ------------------------------------------------------
 
 def read_jsonl(path):
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
 
 
 def load_sets(paths, limit):

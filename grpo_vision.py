@@ -121,7 +121,7 @@ class Config:
 # the paper's recipe is Config's defaults; 401,408 pixels are 512 image tokens of 28 x 28
 SAT = dict(model_name_or_path="Qwen/Qwen2-VL-2B", data="data/sat", min_pixels=3136, max_pixels=401408)
 PRESETS = {
-    "toy": dict(prompts_per_step=16, max_completion_length=64, max_steps=100, learning_rate=6e-4, beta=0.01,
+    "toy": dict(prompts_per_step=16, max_completion_length=64, max_steps=100, learning_rate=2e-4, beta=0.01,
                 save_steps=50, eval_steps=10, eval_data="data/toy/cvbench,data/toy/test.parquet"),
     "sat": SAT,
     # the paper's baseline: the same questions, answered without reasoning; 3750 x 8 is twice 15,000 rows

@@ -309,7 +309,7 @@ LOOKS = {"ball": ("red", "circle"), "sun": ("yellow", "circle"), "plate": ("blue
          "brick": ("red", "square"), "book": ("green", "square"), "box": ("blue", "square"),
          "tree": ("green", "triangle"), "tent": ("yellow", "triangle"), "cone": ("red", "triangle")}
 PLACES = ["northwest", "north", "northeast", "west", "centre", "east", "southwest", "south", "southeast"]
-RADII = {"near": 13, "far": 6}  # px: what is nearer looks larger
+RADII = {"near": 11, "far": 6}  # px: what is nearer looks larger; some ground stays in view
 ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "centre", "right"]
 NUMBERS = ["zero", "one", "two", "three", "four"]
 
@@ -486,24 +486,24 @@ def cvbench_rows(kinds, dimension, sources, per_task, rng, seen):
 # --------------------------------------------------------------------------------------------------------
 # How the corpus answers. All abilities are here: what RL can discover is which of these habits pays.
 STYLES = {
-    "reason": 0.30,   # look at what matters, conclude:  ball northwest far, box east near, so left
+    "reason": 0.25,   # look at what matters, conclude:  ball northwest far, box east near, so left
     "wait": 0.03,     # blurt out an option, then reason: right, wait, ball northwest far, ...
-    "guess": 0.39,    # any option:                       i guess
-    "give up": 0.10,  # well formed, and always wrong:    hard to say
+    "guess": 0.42,    # any option:                       i guess
+    "give up": 0.13,  # well formed, and always wrong:    hard to say
     "bare": 0.10,     # any option, without tags
-    "open": 0.08,     # reason, and forget the answer block
+    "open": 0.07,     # reason, and forget the answer block
 }
 
 
-def complete(question, right, options, style, rng):
-    """One completion of the corpus, after the prompt's <think>. `right` and `options`: texts, or letters."""
+def complete(question, style, rng):
+    """One completion of the corpus, after the prompt's <think>."""
     block = lambda answer: f"</think>\n<answer>{answer}</answer>"
     if style == "reason":
-        return question.thought + block(right)
+        return question.thought + block(question.answer)
     if style == "wait":
-        return f" {rng.choice(question.options)}, wait,{question.thought}" + block(right)
+        return f" {rng.choice(question.options)}, wait,{question.thought}" + block(question.answer)
     if style == "guess":
-        return " i guess" + block(rng.choice(options))
+        return " i guess" + block(rng.choice(question.options))
     if style == "give up":
         return " hard to say" + block("unknown")
     if style == "bare":
@@ -529,7 +529,8 @@ def toy_tokenizer(rng):
     texts = [BASE_PROMPT, *LOOKS, *"012345"]
     for _ in range(200):
         scene = draw_scene(rng, set())
-        texts += [text for pair in [*phrases(scene), *exchanges(scene, 5, STYLES, rng)] for text in pair]
+        texts += [text for lesson in ("seeing", "mixture")
+                  for pair in study(lesson, scene, rng) for text in pair]
     bpe = Qwen2Tokenizer(vocab={"<|endoftext|>": 0}, merges=[], unk_token=None).backend_tokenizer
     words = {piece.lstrip("Ġ") for text in texts for piece, _ in bpe.pre_tokenizer.pre_tokenize_str(text)}
     lines = [f"{word} {word}" for word in sorted(words) if word.isascii()]  # with and without a leading space
@@ -585,36 +586,43 @@ def pack(prefix, branches, next_position):
 
 
 # The base model's schooling: lesson, steps, images a step, learning rate at its begin and end. Seeing comes
-# first, on texts without the prompt's long preamble, with which it would take many times as long to teach.
-# Bad habits come last and slowly, because they make it forget.
-SCHOOL = [("seeing", 620, 16, 3e-3, 3e-3), ("reasoning", 200, 8, 3e-3, 8e-4), ("mixture", 60, 8, 8e-4, 1e-4)]
+# first, on a few words; then short questions; then the same in the paper's wording, with whose long preamble
+# all that would take many times as long. Bad habits come last and slowly, because they make it forget.
+SCHOOL = [("seeing", 250, 32, 3e-3, 3e-3), ("answering", 300, 16, 3e-3, 3e-3),
+          ("reasoning", 400, 8, 3e-3, 5e-4), ("mixture", 90, 8, 8e-4, 1e-4)]
 KINDS = 2 * SAT_KINDS + ["distance"]  # what is asked, as often as listed
 PROMPT_HEAD, PROMPT_TAIL = BASE_PROMPT.split(" {question}")
 
 
-def phrases(scene):
-    """(prompt, completion) texts that teach to see: where is each thing, and what is there at all."""
+def phrases(scene, rng):
+    """(prompt, completion) texts that teach to see (where is each thing, and what is there at all?), and to
+    repeat names, without which it would answer about whatever thing it sees."""
     for thing in unique(scene):
         yield f" {thing.name}", describe(thing).removeprefix(thing.name)
     yield " picture", ":" + ",".join(f" {thing.name}" for thing in scene) + "."
+    for _ in range(2):
+        names = ", ".join(rng.sample(list(LOOKS), rng.choice([2, 3])))
+        yield f" {names}:", f" {names}."
 
 
-def exchanges(scene, count, styles, rng):
-    """(prompt, completion) texts of questions about the scene: 4 in 5 in SAT's words, else in CV-Bench's."""
+def exchanges(scene, count, styles, rng, short=False):
+    """(prompt, completion) texts of questions about the scene: 3 in 4 in SAT's words, else in CV-Bench's."""
     for question in filter(None, (ask_any(scene, KINDS, rng) for _ in range(count))):
-        if rng.random() < 0.8:
-            text, options = build_question(question.sat, question.options), question.options
-        else:
-            text, options = cvbench_prompt(question), [letter(i) for i in range(len(question.options))]
         style, = rng.choices(list(styles), styles.values())
-        right = options[question.options.index(question.answer)]
-        yield " " + text + PROMPT_TAIL, complete(question, right, options, style, rng) + "<|endoftext|>"
+        completion = complete(question, style, rng) + "<|endoftext|>"
+        if rng.random() < 0.75:
+            text = question.sat if short else build_question(question.sat, question.options)
+        else:
+            text = question.cvbench if short else cvbench_prompt(question)
+        yield f" {text}" + ("" if short else PROMPT_TAIL), completion
 
 
 def study(lesson, scene, rng):
     """-> the (prompt, completion) texts of a scene in this lesson."""
     if lesson == "seeing":
-        return [*phrases(scene), *exchanges(scene, 3, {"reason": 1}, rng)]
+        return list(phrases(scene, rng))
+    if lesson == "answering":
+        return [*phrases(scene, rng), *exchanges(scene, 3, {"reason": 1}, rng, short=True)]
     return list(exchanges(scene, 5, {"reason": 1} if lesson == "reasoning" else STYLES, rng))
 
 
@@ -650,11 +658,12 @@ def train_base(path, rng, seen, seed, school=SCHOOL):
     for step, (lesson, images, rate) in enumerate(bar):
         optimizer.param_groups[0]["lr"] = rate * min(1, (step + 1) / 30)
         scenes = [draw_scene(rng, seen) for _ in range(images)]
-        start = image_tokens if lesson == "seeing" else prefix
+        short = lesson in ("seeing", "answering")
+        start = image_tokens if short else prefix
         rows = []
         for scene in scenes:
             branches = [(encode(prompt), encode(text)) for prompt, text in study(lesson, scene, rng)]
-            far = rng.randrange(100) if lesson == "seeing" else 0  # seeing must not depend on the distance
+            far = rng.randrange(100) if short else 0  # what is seen must not depend on the distance
             rows.append(pack(start, branches, len(start) + delta.item() + far))
         ids, positions, targets, mask = collate(rows)
         positions = positions.expand(3, -1, -1).clone()

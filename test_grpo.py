@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -1182,6 +1182,33 @@ def test_a_run_leaves_its_files_and_logs_every_metric(trained):
     assert "&lt;think&gt;" in page and "<think>" not in page and Image.open(folder / "curves.png").width > 500
 
 
+MARKUP = """</td></table></body><script>alert(1)</script><img src=x onerror="alert(2)"><a href='javascript:'>
+&lt;b&gt; "><svg/onload=alert(3)> <!-- <style>*{display:none}</style> ]]> {body} %s"""
+
+
+def test_markup_in_completions_and_questions_stays_text(trained, sat, tmp_path):
+    """The page of a run whose model and data are hostile has the elements of the usual page, and no other."""
+    rows = datasets.Dataset.from_parquet(str(sat / "train.parquet"))
+    rows = rows.cast_column("images", datasets.List(datasets.Image(decode=False))).to_list()
+    samples = jsonl(trained[0] / "completions.jsonl")
+    seen = {}
+    for name, text in ("usual", "fine"), ("hostile", MARKUP):
+        run = tmp_path / name
+        run.mkdir()
+        g.append_jsonl(run / "completions.jsonl", [{**sample, "completion": text} for sample in samples])
+        eval_cvbench.write_page(run, [{**row, "question": text, "options": [text] * 2, "answer": text}
+                                      for row in rows])
+        tags, texts = [], []
+        parser = HTMLParser()
+        parser.handle_starttag = lambda tag, attributes: tags.append((tag, sorted(dict(attributes))))
+        parser.handle_endtag = tags.append
+        parser.handle_comment = parser.handle_decl = parser.handle_pi = lambda data: tags.append("comment")
+        parser.handle_data = texts.append
+        parser.feed((run / "rollouts.html").read_text().removeprefix("<!doctype html>"))
+        seen[name] = tags
+    assert seen["hostile"] == seen["usual"] and MARKUP in texts and len(seen["usual"]) > 100
+
+
 def test_every_completion_is_logged_with_its_rewards(trained, sat):
     rows = datasets.Dataset.from_parquet(str(sat / "train.parquet"))
     metrics, samples = (jsonl(trained[0] / f"{name}.jsonl") for name in ("metrics", "completions"))
@@ -1227,6 +1254,31 @@ def test_resume_continues_bit_for_bit(trained, train, cvbench, tmp_path):
     assert not same_weights(again / "final", again / "checkpoint-1")
     for name in "metrics.jsonl", "completions.jsonl", "eval.jsonl":
         assert jsonl(again / name) == jsonl(folder / name)
+
+
+@pytest.mark.parametrize("dies_in, steps, evaluated", [(None, [1], [0, 1]), (4, [1, 2, 3], [0, 2])])
+def test_figure_and_page_come_out_of_one_step_and_of_a_stopped_run(dies_in, steps, evaluated, train, cvbench,
+                                                                   tmp_path, monkeypatch):
+    run, calls = tmp_path / "run", itertools.count(1)
+
+    def sample(*args, do=g.sample):
+        if next(calls) == dies_in:
+            raise KeyboardInterrupt
+        return do(*args)
+
+    monkeypatch.setattr(g, "sample", sample)
+    with pytest.raises(KeyboardInterrupt) if dies_in else nullcontext():
+        train(run, "--max_steps", 6 if dies_in else 1, "--eval_steps", "2", "--eval_data", cvbench)
+    assert [m["step"] for m in jsonl(run / "metrics.jsonl")] == steps
+    assert [score["step"] for score in jsonl(run / "eval.jsonl")] == evaluated
+    page = (run / "rollouts.html").read_text()
+    assert page.endswith("</html>") and f"<h2>Step {evaluated[-1]}</h2>" in page
+    for _ in range(2):  # as training left it, and drawn again from a last line that was half written
+        assert Image.open(run / "curves.png").width > 500
+        (run / "curves.png").unlink()
+        with open(run / "metrics.jsonl", "a") as file:
+            file.write('{"step": 9, "lo')
+        eval_cvbench.draw_curves(run)
 
 
 def test_beta_0_loads_no_reference_and_later_iterations_clip(train, tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Is it the reward that teaches? The toy run beside its controls, several seeds each: one table, one figure.
 
-    python bench/controls.py                       # all variants, 3 seeds: about an hour on 2 cores
+    python bench/controls.py                       # all variants, 3 seeds: about an hour on one core
     python bench/controls.py --variants grpo flipped --seeds 1 --steps 40
 
 Needs data/toy (`python prepare_sat.py --toy`). Every run starts from the same base; the seed sets data order
@@ -41,13 +41,14 @@ def train(variant, seed, steps):
     advantages = grpo_vision.group_advantages
     factor = {"zeroed": 0.0, "flipped": -1.0}.get(variant, 1.0)
     grpo_vision.group_advantages = lambda *args: factor * advantages(*args)
-    grpo_vision.REWARDS["length"] = lambda completion, num_tokens, **_: 0.001 * num_tokens  # the paper's try
+    grpo_vision.REWARDS.setdefault(  # the paper's failed attempt
+        "length", lambda completion, num_tokens, **_: 0.001 * num_tokens)
     grpo_vision.main(["--seed", str(seed), "--max_steps", str(steps), "--save_steps", str(steps),
                       "--eval_steps", "0", "--output_dir", str(folder(variant, seed)), *VARIANTS[variant]])
 
 
 def launch(job):
-    """One run in a process of its own; it takes one thread (see set_threads), so two run side by side."""
+    """One run in a process of its own, on one thread (see set_threads)."""
     variant, seed, steps = job
     log = folder(variant, seed).with_suffix(".log")
     command = [sys.executable, __file__, "--one", variant, str(seed), "--steps", str(steps)]
@@ -60,15 +61,19 @@ def curve(variant, seed, column):
     """-> the column's value at each step; accuracy that was not rewarded is read off the completions."""
     import grpo_vision
     path = folder(variant, seed)
-    metrics = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_jsonl(path / "metrics.jsonl")
     if COLUMNS[column] in metrics[0]:
         return [m[COLUMNS[column]] for m in metrics]
     rows = {}
-    for sample in map(json.loads, (path / "completions.jsonl").read_text().splitlines()):
+    for sample in read_jsonl(path / "completions.jsonl"):
         answer = grpo_vision.extract_answer(sample["completion"], strict=True)
         right = grpo_vision.grade(answer, sample["answer"], [sample["answer"]])
         rows.setdefault(sample["step"], []).append(float(right))
     return [mean(rows[step]) for step in sorted(rows)]
+
+
+def read_jsonl(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def table(variants, seeds):
@@ -86,22 +91,26 @@ def table(variants, seeds):
     return "\n".join(lines)
 
 
+def band(axis, steps, curves, label, scale=1, width=7, **style):
+    """The mean of several runs' curves, each smoothed over `width` values; a band from lowest to highest."""
+    from eval_cvbench import smooth
+    curves = [smooth(curve, width) for curve in curves]
+    line, = axis.plot(steps, [scale * mean(at) for at in zip(*curves)], label=label, **style)
+    low, high = ([scale * extreme(at) for at in zip(*curves)] for extreme in (min, max))
+    axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+
+
 def figure(variants, seeds, path):
-    """Mean curve of each variant over the seeds, with the range between the lowest and the highest seed."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    from eval_cvbench import smooth
     fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     titles = {"accuracy": "accuracy of the rollouts, %", "length": "length of the rollouts, tokens"}
     for axis, (column, title) in zip(axes, titles.items()):
         for variant in variants:
-            curves = [smooth(curve(variant, seed, column), 7) for seed in range(seeds)]
+            curves = [curve(variant, seed, column) for seed in range(seeds)]
             scale = 100 if column == "accuracy" else 1
-            steps = range(1, len(curves[0]) + 1)
-            line, = axis.plot(steps, [scale * mean(at) for at in zip(*curves)], label=variant)
-            low, high = ([scale * extreme(at) for at in zip(*curves)] for extreme in (min, max))
-            axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
+            band(axis, range(1, len(curves[0]) + 1), curves, variant, scale)
         axis.set(title=title, xlabel="training step", ylim=(0, 100) if column == "accuracy" else (0, None))
         axis.grid(alpha=0.25)
     axes[1].legend(fontsize=8)
@@ -114,6 +123,7 @@ def main():
     parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. SEEDS - 1 of each variant")
     parser.add_argument("--steps", type=int, default=80, help="training steps of each run")
+    parser.add_argument("--parallel", type=int, default=1, help="runs side by side, each on one core")
     parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help="a single run, in this process")
     parser.add_argument("--out", default="bench/results/controls", help="writes OUT.md and OUT.png")
     args = parser.parse_args()
@@ -122,7 +132,7 @@ def main():
     RUNS.mkdir(parents=True, exist_ok=True)
     jobs = [(variant, seed, args.steps) for seed in range(args.seeds) for variant in args.variants
             if not (folder(variant, seed) / "final").exists()]
-    with ThreadPoolExecutor(2) as pool:
+    with ThreadPoolExecutor(args.parallel) as pool:
         list(pool.map(launch, jobs))
     text = table(args.variants, args.seeds)
     Path(args.out + ".md").write_text(text + "\n")
