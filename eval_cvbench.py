@@ -690,7 +690,7 @@ def write_page(run, data, most_steps=8, most_questions=2):
             row = data[group[0]["row"]]
             pictures = "".join(f'<img alt="the image" src="{data_url(image)}">' for image in row["images"])
             body.append(f'<div class="question">{pictures}<div>{html.escape(row["question"])}<br>'
-                        f'Options: {html.escape(", ".join(row["options"]))}<br>'
+                        f'Options: {html.escape(", ".join(row["options"] or []))}<br>'
                         f'Right answer: <span class="right">{html.escape(row["answer"])}</span></div></div>')
             names = [key for key in group[0] if key.startswith("rewards/")]
             heads = "".join(f"<th>{html.escape(name.removeprefix('rewards/'))}</th>" for name in names)

@@ -46,7 +46,7 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 import transformers
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from PIL import Image, ImageOps
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
@@ -54,8 +54,9 @@ from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
-from transformers import AutoImageProcessor, AutoTokenizer, HfArgumentParser, Qwen2VLForConditionalGeneration
+from transformers import AutoTokenizer, HfArgumentParser, Qwen2VLForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 
 def fail(message):
@@ -106,9 +107,9 @@ class Config:
     max_steps: int = setting(1500, "training steps, one rollout each")
     learning_rate: float = setting(1e-6, "AdamW's rate at the start; falls linearly to 0 at max_steps")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
-    max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this norm")
+    max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this norm; 0: never")
     # machine and files
-    score_tokens: int = setting(4096, "completion tokens scored at a time: bounds the memory of the update")
+    score_tokens: int = setting(2048, "completion tokens scored at a time: bounds the memory of the update")
     attn_implementation: str = setting("sdpa", "sdpa, eager, or flash_attention_2 if installed")
     save_steps: int = setting(100, "steps between checkpoints")
     save_total_limit: Optional[int] = setting(None, "checkpoints kept, the newest; default: all")
@@ -150,15 +151,15 @@ def parse_config(argv=None):
         if name not in REWARDS:
             fail(f"--rewards {name} is unknown; choose from: {', '.join(REWARDS)}")
     if cfg.algorithm == "sft":  # one completion per prompt, always as good; nothing to stay close to
-        cfg.num_generations, cfg.beta = 1, 0.0
+        cfg.num_generations, cfg.beta, cfg.temperature = 1, 0.0, 1.0
     least = dict(num_generations=2 if cfg.algorithm == "grpo" else 1,  # others to be measured by
                  prompts_per_step=1, max_completion_length=1, num_iterations=1, max_steps=1, score_tokens=1,
                  save_steps=1, save_total_limit=1, eval_steps=0, eval_limit=1, beta=0, epsilon=0,
-                 max_grad_norm=0)
+                 max_grad_norm=0, learning_rate=0, weight_decay=0)
     for flag, bound in least.items():
         if getattr(cfg, flag) is not None and getattr(cfg, flag) < bound:
             fail(f"--{flag} {getattr(cfg, flag)}: must be at least {bound}")
-    if cfg.temperature <= 0:
+    if not cfg.temperature > 0:
         fail(f"--temperature {cfg.temperature}: must be above 0, or a group's completions are all equal")
     cfg.max_steps = sum(steps for steps, _, _ in stages_of(cfg))
     return cfg
@@ -268,7 +269,7 @@ class Prompt:
     position_ids: torch.Tensor                     # (3, 1, P) M-RoPE: time, height and width of each token
     pixel_values: Optional[torch.Tensor] = None    # (patches of all images, 3 * 2 * 14 * 14)
     image_grid_thw: Optional[torch.Tensor] = None  # (images, 3) patches along time, height and width
-    image_features: Optional[object] = None        # the image tower's output, if it is frozen
+    image_features: Optional[torch.Tensor] = None  # (image tokens, H), if the image tower is frozen
 
     @property
     def next_position(self):
@@ -320,11 +321,13 @@ def encode_prompt(model, prompt):
     The last prompt token is left out. It becomes the first input of every completion, whose output predicts
     the first completion token; so keys and values are all that sampling and scoring need from here.
     """
-    images = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
+    ids = prompt.input_ids[:, :-1]
+    inputs = dict(input_ids=ids, pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
     if prompt.image_features is not None:
-        images = dict(mm_encoder_outputs={"image": prompt.image_features})
-    output = model.model(input_ids=prompt.input_ids[:, :-1], position_ids=prompt.position_ids[:, :, :-1],
-                         use_cache=True, **images)
+        embeds = model.get_input_embeddings()(ids)
+        is_image = (ids == model.config.image_token_id)[..., None]
+        inputs = dict(inputs_embeds=embeds.masked_scatter(is_image, prompt.image_features.to(embeds.dtype)))
+    output = model.model(position_ids=prompt.position_ids[:, :, :-1], use_cache=True, **inputs)
     layers = output.past_key_values.layers
     return [(layer.keys, layer.values) for layer in layers], output.last_hidden_state
 
@@ -407,7 +410,7 @@ class Decoder:
                 self.forward()
             torch.cuda.current_stream().wait_stream(warm_up)
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph):
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may go on
                 self.replay = self.forward()
         self.graph.replay()
         return self.replay
@@ -552,7 +555,8 @@ def extract_answer(text, strict):
 
 
 def normalise(text):
-    return " ".join(text.lower().split()).removesuffix(".").strip()
+    text = " ".join(text.lower().split()).removeprefix("final answer:")  # Vision-R1's chains say so
+    return text.removesuffix(".").strip()
 
 
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
@@ -580,6 +584,7 @@ def choose(answer, options, strict=True):
     """
     if answer is None:
         return None
+    options = options or []
     answer, texts = normalise(answer), [normalise(option) for option in options]
     by_letter = dict(zip("abcdefghijklmnopqrstuvwxyz", options))
     if answer in texts:
@@ -820,7 +825,8 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
         if num_processes > 1:  # FSDP gathers a layer's weights when the gradient of its output
             ends.append(last_hidden)       # arrives; the last layer's is 0 here, but it has to arrive
             gradients.append(torch.zeros_like(last_hidden))
-        torch.autograd.backward(ends, gradients)                                                  # stage 2
+        if ends[0].requires_grad:  # not if all that the prompt goes through is frozen
+            torch.autograd.backward(ends, gradients)                                              # stage 2
     return per_token_logps, sums
 
 
@@ -843,7 +849,7 @@ def load_processors(path, min_pixels=None, max_pixels=None):
     """-> tokenizer, image processor, which is PIL's: the same pixels everywhere, and no torchvision."""
     area = {k: v for k, v in dict(min_pixels=min_pixels, max_pixels=max_pixels).items() if v is not None}
     try:
-        image_processor = AutoImageProcessor.from_pretrained(path, backend="pil", **area)
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **area)
         return AutoTokenizer.from_pretrained(path), image_processor
     except (OSError, ValueError) as error:
         fail(f"cannot load tokenizer and image processor from {path}: {str(error).strip().splitlines()[0]}")
@@ -986,8 +992,8 @@ def make_accelerator(cfg):
     cast: `token_logps` makes them float32.
     """
     try:
-        accelerator = Accelerator(log_with=cfg.log_with,
-                                  mixed_precision="bf16" if torch.cuda.is_available() else None)
+        on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
+        accelerator = Accelerator(log_with=cfg.log_with, mixed_precision="bf16" if on_gpu else None)
     except ValueError as error:
         fail(f"--log_with {cfg.log_with}: {error}")
     if cfg.log_with and not accelerator.log_with:
@@ -1141,8 +1147,9 @@ def draw_batch(run, cfg, step):
         prompts.append(build_prompt(text, images, run.tokenizer, run.image_processor, run.sampler))
         if cfg.freeze == "vision" and images:  # once per step, for sampler, reference and policy together
             with torch.no_grad():
-                prompts[-1].image_features = run.sampler.model.get_image_features(
-                    prompts[-1].pixel_values, prompts[-1].image_grid_thw)
+                features = run.sampler.model.get_image_features(prompts[-1].pixel_values,
+                                                                prompts[-1].image_grid_thw)
+            prompts[-1].image_features = torch.cat(features.pooler_output)
     return numbers, rows, prompts
 
 
@@ -1192,13 +1199,14 @@ def train_step(run, cfg, step):
     # 6. the update
     everyones = weigh_tokens(accelerator.gather(lengths), accelerator.gather(rollout.finished), cfg)
     token_weights = everyones.chunk(accelerator.num_processes)[accelerator.process_index].float() # (N,)
-    run.optimizer.param_groups[0]["lr"] = learning_rate = cfg.learning_rate * (1 - step / cfg.max_steps)
+    learning_rate = cfg.learning_rate * (1 - step / cfg.max_steps)
+    run.optimizer.param_groups[0].update(lr=learning_rate, weight_decay=cfg.weight_decay)
     old_logps = None
     for _ in range(cfg.num_iterations):
         logps, sums = update(run.policy, prompts, rollout, advantages, token_weights, ref_logps, old_logps,
                              cfg, accelerator.num_processes)
         old_logps = logps if old_logps is None else old_logps                                     # (N, C)
-        norm = accelerator.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm)
+        norm = accelerator.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm or math.inf)
         grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if math.isfinite(grad_norm):
             run.optimizer.step()

@@ -327,7 +327,8 @@ def test_sat_preset_is_the_papers():
 @pytest.mark.parametrize("flags", [
     "--preset paper", "--learning_rat 1", "--rewards accuracy,style", "--num_generations 1", "--max_steps 0",
     "--temperature 0", "--prompts_per_step 0", "--score_tokens 0", "--stages 10x20", "--stages 1x2x3,",
-    "--stages 1x2x3;4x5x6", "--stages 10x20x0", "--reward_file none.py"])
+    "--stages 1x2x3;4x5x6", "--stages 10x20x0", "--reward_file none.py", "--temperature nan",
+    "--learning_rate -1"])
 def test_bad_settings_stop_with_one_sentence(flags):
     with stops(flags.split()[0]):
         g.main(flags.split())
@@ -1297,6 +1298,23 @@ def test_beta_0_loads_no_reference_and_later_iterations_clip(train, tmp_path, mo
     assert called == dict(load_model=3, sample=3)
 
 
+def test_a_max_grad_norm_of_0_does_not_clip(train, tmp_path):
+    for norm in "0", "1e9", "1e-9":
+        train(tmp_path / norm, "--max_steps", 1, "--max_grad_norm", norm, "--rewards", "letters")
+    assert same_weights(tmp_path / "0/final", tmp_path / "1e9/final")
+    assert not same_weights(tmp_path / "0/final", tmp_path / "1e-9/final")
+
+
+def test_text_alone_with_a_frozen_language_model_learns_nothing_and_goes_on(model, prompts, suppressed):
+    still = copy.deepcopy(model).requires_grad_(False)
+    cfg, text = g.Config(num_generations=2, beta=0.0), [prompts[3]]
+    assert text[0].pixel_values is None
+    drawn = g.sample(still, text, 2, 4, 1.0, suppressed, ENDS, seed(0))
+    logps, _ = g.update(g.Policy(still, 1.0, suppressed), text, drawn, torch.tensor([1.0, -1.0]).double(),
+                        torch.ones(2).double(), None, None, cfg)
+    assert (logps - drawn.sampling_logps)[drawn.completion_mask].abs().max() < 1e-9
+
+
 @pytest.mark.parametrize("size, processes, threads", [(9, 1, 1), (4000, 1, 6), (4000, 2, 3), (4000, 8, 1)])
 def test_threads_do_not_depend_on_the_launcher(size, processes, threads, monkeypatch):
     asked = []
@@ -1370,6 +1388,15 @@ def test_a_reward_file_with_a_bug_stops(code, words, train, tmp_path, monkeypatc
     (tmp_path / "rewards.py").write_text(code)
     with stops(*words):
         train(tmp_path / "run", "--reward_file", tmp_path / "rewards.py", "--rewards", "accuracy,mine")
+
+
+def test_free_answers_and_vision_r1s_wording_are_graded():
+    for options in None, []:
+        assert g.grade("15", "15", options) and g.grade("B", "b.", options, strict=False)
+        assert not g.grade("15", "5", options, strict=False) and not g.grade("b", "left", options)
+    for strict in True, False:
+        assert g.grade("Final Answer: B", "left", ["right", "left"], strict)
+        assert not g.grade("Final Answer:A", "left", ["right", "left"], strict)
 
 
 def test_hard_and_length_rewards():
