@@ -459,8 +459,8 @@ PROMPT_HEAD, PROMPT_TAIL = BASE_PROMPT.split(" {question}")
 
 
 def phrases(scene, rng):
-    """(prompt, completion) texts that teach to see (where is each thing, and what is there at all?), to repeat
-    names, without which it would answer about whatever thing it sees, and to say which is nearer."""
+    """(prompt, completion) texts that teach to see (where is each thing, and what is there at all?), to
+    repeat names, without which it would answer about whatever it sees, and to say which is nearer."""
     for thing in unique(scene):
         yield f" {thing.name}", describe(thing).removeprefix(thing.name)
     yield " picture", ":" + ",".join(f" {thing.name}" for thing in scene) + "."
