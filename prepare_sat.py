@@ -486,10 +486,10 @@ def cvbench_rows(kinds, dimension, sources, per_task, rng, seen):
 # --------------------------------------------------------------------------------------------------------
 # How the corpus answers. All abilities are here: what RL can discover is which of these habits pays.
 STYLES = {
-    "reason": 0.25,   # look at what matters, conclude:  ball northwest far, box east near, so left
+    "reason": 0.23,   # look at what matters, conclude:  ball northwest far, box east near, so left
     "wait": 0.03,     # blurt out an option, then reason: right, wait, ball northwest far, ...
-    "guess": 0.42,    # any option:                       i guess
-    "give up": 0.13,  # well formed, and always wrong:    hard to say
+    "guess": 0.47,    # any option:                       i guess
+    "give up": 0.10,  # well formed, and always wrong:    hard to say
     "bare": 0.10,     # any option, without tags
     "open": 0.07,     # reason, and forget the answer block
 }
@@ -595,14 +595,24 @@ PROMPT_HEAD, PROMPT_TAIL = BASE_PROMPT.split(" {question}")
 
 
 def phrases(scene, rng):
-    """(prompt, completion) texts that teach to see (where is each thing, and what is there at all?), and to
-    repeat names, without which it would answer about whatever thing it sees."""
+    """(prompt, completion) texts that teach to see (where is each thing, and what is there at all?), to
+    repeat names, without which it would answer about whatever it sees, and to say which is nearer."""
     for thing in unique(scene):
         yield f" {thing.name}", describe(thing).removeprefix(thing.name)
     yield " picture", ":" + ",".join(f" {thing.name}" for thing in scene) + "."
     for _ in range(2):
         names = ", ".join(rng.sample(list(LOOKS), rng.choice([2, 3])))
         yield f" {names}:", f" {names}."
+    things = [Thing(name, rng.randrange(3), rng.randrange(3), depth)
+              for name, depth in zip(rng.sample(list(LOOKS), 2), rng.sample(list(RADII), 2))]
+    steps = rng.sample(NUMBERS[1:], 2)
+    if rng.random() < 0.5:
+        nearer = [thing.depth == "near" for thing in things]
+        clauses = [describe(thing) for thing in things]
+    else:
+        nearer = [NUMBERS.index(step) < max(map(NUMBERS.index, steps)) for step in steps]
+        clauses = [f"{describe(thing)} {step}" for thing, step in zip(things, steps)]
+    yield f" {', '.join(clauses)}, so", f" {things[nearer.index(True)].name}."
 
 
 def exchanges(scene, count, styles, rng, short=False):
