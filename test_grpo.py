@@ -4,6 +4,7 @@ They write a small model of the published Qwen2-VL layout, and small files of SA
 Where a check could pass by accident, the wrong way is computed as well and has to fail it.
 """
 import copy
+import dataclasses
 import doctest
 import io
 import itertools
@@ -312,6 +313,38 @@ def test_command_line_overrides_preset_overrides_defaults():
     assert toy.learning_rate == g.PRESETS["toy"]["learning_rate"] != g.Config.learning_rate
     assert g.parse_config(["--learning_rate", "0.5"]).learning_rate == 0.5
     assert (sat.max_steps, sat.rewards, sat.learning_rate) == (7, "format", 1e-6)
+
+
+def test_every_setting_is_read_and_explained(capsys):
+    source = "".join(Path(module.__file__).read_text() for module in (g, eval_cvbench))
+    with pytest.raises(SystemExit):
+        g.parse_config(["--help"])
+    shown = capsys.readouterr().out
+    for field in dataclasses.fields(g.Config):
+        assert re.search(rf"\b(cfg|now)\.{field.name}\b", source), field.name
+        assert f"--{field.name}" in shown and len(field.metadata["help"]) > 10
+
+
+def test_every_flag_and_metric_in_the_readme_exists(trained, capsys):
+    folder = Path(g.__file__).parent
+    readme, known = (folder / "README.md").read_text(), set()
+    for program in g.parse_config, eval_cvbench.main, prepare_sat.main:
+        with pytest.raises(SystemExit):
+            program(["--help"])
+    known |= set(re.findall(r"--\w+", capsys.readouterr().out))
+    for script in (folder / "bench").glob("*.py"):
+        known |= set(re.findall(r"\W(--\w+)\b", script.read_text()))
+    others = """--num_processes --num_machines --machine_rank --main_process_ip --main_process_port
+        --nproc_per_node --host --port""".split()  # accelerate's, torchrun's, the servers'
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w+", readme))
+    assert not named - known - set(others) and len(named) > 40
+    for script in re.findall(r"\b(?:bench/)?\w+\.py\b", readme):
+        assert (folder / script).exists() or script == "my_rewards.py", script
+    table = readme[readme.index("| name in `metrics.jsonl`"):readme.index("Out of memory:")]
+    named = {name for line in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
+    metrics = jsonl(trained[0] / "metrics.jsonl", drop="-")
+    logged = {re.sub("rewards/.*", "rewards/NAME", name) for m in metrics for name in m}
+    assert named - {"nll"} == logged - {"step"}
 
 
 def test_sat_preset_is_the_papers():
@@ -771,6 +804,29 @@ def test_grpo_loss_by_hand():
     loss, _, clipped = g.grpo_loss(logps, old, ref, A, weights, mask, 0.2, 0.6, 0.1)  # 1.5 < 1.6 < 2
     assert loss.item() == pytest.approx((sum(rows) - 0.3 / 3 - (3.2 - 2.4)) / 4, abs=1e-7)
     assert (clipped & mask).nonzero().tolist() == [[1, 1], [2, 0]]
+
+
+def test_the_group_worked_in_the_readme():
+    readme = (Path(g.__file__).parent / "README.md").read_text()
+    worked = readme[readme.index("### One group, worked by hand"):readme.index("## The toy, and what")]
+    stands = lambda number: f"{number:.4f}".rstrip("0").rstrip(".") in worked
+    texts = [f"<think>{text}" for text in re.findall(r"^\| \d: `\.* ?(.*)`", worked, re.MULTILINE)]
+    row = dict(answer="left", options=["left", "right"])
+    rewards = g.compute_rewards(["accuracy", "format"], texts, [3] * 4, [row] * 4)
+    assert rewards["accuracy"].tolist() == [1, 0, 0, 0] and rewards["format"].tolist() == [1, 1, 1, 0]
+    A = g.group_advantages(sum(rewards.values()).double(), 4)
+    old = torch.tensor([[0.5, 0.5, 0.8], [0.4, 0.5, 0.5], [0.4, 0.5, 0.5], [0.4, 0.5, 0.5]]).double().log()
+    new = old.clone()
+    new[0, 1], new[3, 1] = math.log(0.65), math.log(0.35)
+    weights = g.weigh_tokens(torch.full((4,), 3), torch.ones(4).bool(), g.Config())
+    part = lambda i: g.grpo_loss(new[i], old[i], old[i], A[i], weights[i], torch.ones(1, 3).bool(), 0.2, None,
+                                 0.04)
+    parts = [part([i]) for i in range(4)]
+    assert [clipped.any().item() for _, _, clipped in parts] == [True, False, False, True]
+    found = [A[0], 1.2 * A[0], 0.8 * A[0], parts[0][1][0, 1], parts[3][1][0, 1], 4 * parts[0][0],
+             4 * parts[3][0], sum(loss for loss, _, _ in parts)]
+    assert all(stands(abs(number.item())) for number in found), found
+    assert not stands(0.04 * A[0].item())  # a number that is not there would be missed
 
 
 def test_loss_types_by_hand():
