@@ -996,7 +996,8 @@ def save_model(folder, run, with_state=False):
         if with_state:
             state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
             distributed_checkpoint.save(state, checkpoint_id=temporary / "state", no_dist=alone)
-    except Exception as error:  # a full disk comes as OSError, SafetensorError or CheckpointException
+    # a full disk comes as OSError, SafetensorError, or CheckpointException, which is no Exception
+    except (Exception, distributed_checkpoint.api.CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         reason = str(error).strip().splitlines()[-1]
         last = (checkpoints(run.output_dir) or ["no checkpoint yet"])[-1]

@@ -1022,6 +1022,28 @@ def test_two_processes_with_sharded_weights_equal_one(train, tmp_path, monkeypat
     assert (logits_of(one, prompts[2]) - logits_of(two, prompts[2])).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("room", [0.5, 1.5], ids=["weights", "state"])
+def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(room, train, tmp_path, monkeypatch):
+    run, resource = tmp_path / "run", pytest.importorskip("resource")
+
+    def save_on_a_full_disk(folder, *rest, save_model=g.save_model, **more):
+        size = (run / "checkpoint-1/model.safetensors").stat().st_size if "checkpoint-2" in str(folder) else 0
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * size) if size else limit[0], limit[1]))
+        try:
+            save_model(folder, *rest, **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    with monkeypatch.context() as patch, stops("checkpoint-2 could not be saved", "checkpoint-1", "--resume"):
+        patch.setattr(g, "save_model", save_on_a_full_disk)
+        train(run)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]  # and no .tmp
+    g.load_model(str(run / "checkpoint-1"))
+    train(run, "--resume")
+    assert [m["step"] for m in jsonl(run / "metrics.jsonl")] == [1, 2, 3] and (run / "final").exists()
+
+
 # ---- Bad input -------------------------------------------------------------------------------------------
 
 def test_missing_paths_stop(train, tmp_path):
