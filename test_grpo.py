@@ -1035,7 +1035,7 @@ def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(room, tr
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
 
-    with monkeypatch.context() as patch, stops("checkpoint-2 could not be saved", "checkpoint-1", "--resume"):
+    with monkeypatch.context() as patch, stops("checkpoint-2 could not be saved", "MiB free", "checkpoint-1", "--resume"):
         patch.setattr(g, "save_model", save_on_a_full_disk)
         train(run)
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]  # and no .tmp
