@@ -37,21 +37,18 @@ def parse_args():
     parser.add_argument("--toy", type=Path, default=ROOT / "data/toy", help="folder of the toy")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--signal", choices=("KILL", "TERM", "INT"), default="KILL")
-    parser.add_argument("--processes", type=int, nargs="+", default=[1], help="of the first start, the next ...")
+    parser.add_argument("--processes", type=int, nargs="+", default=[1], help="first start, next ...")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--latest", type=float, default=30, help="latest moment of a kill, seconds from start")
+    parser.add_argument("--latest", type=float, default=30, help="latest moment of a kill, in seconds")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
-def start(args, folder, processes, log, resume=False):
-    """-> the running program, its output in the file `log`."""
-    toy = args.toy
-    flags = f"""--model_name_or_path {toy}/base --data {toy} --eval_data {toy}/cvbench,{toy}/test.parquet
-        --eval_limit 8 --eval_steps 6 --save_steps 3 --max_steps {args.steps} --output_dir {folder}"""
-    launcher = f"-m torch.distributed.run --nproc_per_node {processes} --master_port {random.randint(2e4, 6e4)}"
-    command = [sys.executable, *launcher.split() * (processes > 1), str(ROOT / "grpo_vision.py"),
-               *flags.split(), *["--resume"] * resume]
+def start(flags, processes, log):
+    """-> grpo_vision.py, running in so many processes of one thread; its output in the file `log`."""
+    launcher = (f"-m torch.distributed.run --nproc_per_node {processes} "
+                f"--master_port {random.randint(20000, 60000)}").split()
+    command = [sys.executable, *launcher * (processes > 1), str(ROOT / "grpo_vision.py"), *flags.split()]
     return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT,
                             env=dict(os.environ, ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1"))
 
@@ -127,13 +124,15 @@ def main():
     args = parse_args()
     random.seed(args.seed)
     work = Path(tempfile.mkdtemp(prefix="resume-"))
-    log, alone = open(work / "log.txt", "w+"), work / "alone"
+    log, alone, toy = open(work / "log.txt", "w+"), work / "alone", args.toy
+    flags = f"""--model_name_or_path {toy}/base --data {toy} --eval_data {toy}/cvbench,{toy}/test.parquet
+        --eval_limit 8 --eval_steps 6 --save_steps 3 --max_steps {args.steps} --output_dir """
     print(f"{platform.machine()}, Python {platform.python_version()}, torch {version('torch')}, transformers "
           f"{version('transformers')}, accelerate {version('accelerate')}; `python bench/resume.py "
           f"{' '.join(sys.argv[1:])}`", flush=True)
     if len(set(args.processes)) == 1:
         began = time.monotonic()
-        if start(args, alone, args.processes[0], log).wait():
+        if start(f"{flags}{alone}", args.processes[0], log).wait():
             sys.exit(f"error: the run that was left alone failed; see {work}/log.txt")
         print(f"left alone: {args.steps} steps in {time.monotonic() - began:.0f} s", flush=True)
     kills, equal = 0, True
@@ -141,7 +140,7 @@ def main():
         folder, resume = work / f"run-{number}", False
         for attempt in itertools.count():
             processes = args.processes[min(attempt, len(args.processes) - 1)]
-            program = start(args, folder, processes, log, resume)
+            program = start(f"{flags}{folder}{' --resume' * resume}", processes, log)
             hit = interrupt(args, program, folder, kills % 2 == 1) if kills < args.kills else None
             if hit is None:
                 break
