@@ -3,13 +3,14 @@
     python bench/resume.py                                     # 20 times SIGKILL
     python bench/resume.py --signal INT --kills 1              # Ctrl-C: finishes the step, saves, exit code 0
     python bench/resume.py --processes 2 --kills 4             # sharded over two gloo processes
-    python bench/resume.py --processes 2 1 --kills 1           # started with two, resumed with one
+    python bench/resume.py --processes 2 1 2 --kills 2         # begun with two, resumed with one, then two
 
 Every second SIGKILL is aimed at a save: it falls within 0.1 s of the appearance of a checkpoint-N.tmp. The
 others fall anywhere between the start of the program and --latest seconds. A run that gets to its end is
 compared and a new one begun, until there were so many kills. Compared are the weights of every checkpoint,
 completions.jsonl and eval.jsonl byte by byte, and metrics.jsonl without the timings. Samples depend on the
-rank that draws them, so with a changing number of processes only the list of steps is compared.
+rank that draws them, so with a changing number of processes only the list of steps is compared; there each
+kill waits for a checkpoint.
 
 The toy of `python grpo_vision.py` must be there (--toy). Raw output: bench/results/resume-*.txt
 """
@@ -75,6 +76,10 @@ def wait_for(condition, program):
     return True
 
 
+def saved_in(folder):
+    return [path for path in folder.glob("checkpoint-*") if path.suffix != ".tmp"]
+
+
 def being_saved(folder, since):
     """-> the checkpoint-N.tmp folders touched since then; an older one was left by an earlier kill."""
     found = []
@@ -91,6 +96,9 @@ def interrupt(args, program, folder, aimed):
     if args.signal != "KILL":  # before the first step it has its usual meaning: the end
         wait_for(lambda: len(lines(folder / "metrics.jsonl")) > before, program)
         due = time.time() + random.uniform(0, 5)
+    elif len(set(args.processes)) > 1:  # the next number of processes has to find something to load
+        wait_for(lambda: any(path.stat().st_ctime > began for path in saved_in(folder)), program)
+        due = time.time() + random.uniform(0, 5)
     elif aimed:
         wait_for(lambda: being_saved(folder, began), program)
         due = time.time() + random.uniform(0, 0.1)
@@ -101,7 +109,7 @@ def interrupt(args, program, folder, aimed):
         with suppress(ProcessLookupError):  # it has ended in between
             os.kill(pid, getattr(signal, f"SIG{args.signal}"))
     code, half = program.wait(), being_saved(folder, began)
-    saved = max([int(path.name[11:]) for path in folder.glob("checkpoint-*") if path.suffix != ".tmp"] or [0])
+    saved = max([int(path.name[11:]) for path in saved_in(folder)] or [0])
     return (f"SIG{args.signal} at {seconds:5.1f} s: exit code {code}, {len(lines(folder / 'metrics.jsonl'))} "
             f"steps logged, {saved} saved{', while saving ' + half[0] if half else ''}")
 
@@ -163,7 +171,8 @@ def main():
             break
     if not equal:
         sys.exit(f"error: not equal; the runs are in {work}")
-    print(f"{kills} kills in {number} run(s), each equal in the end")
+    verdict = "every one bit-equal in the end" if alone.exists() else "every step there once"
+    print(f"{kills} kills in {number} run(s), {verdict}")
     shutil.rmtree(work)
 
 

@@ -56,10 +56,11 @@ def main():
     with tempfile.TemporaryDirectory() as work:
         count = write_model(args.toy, Path(work))
         for processes, threads in (1, 1), (1, 2), (2, 1):
-            os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count() // threads)  # grpo_vision.set_threads reads it
+            os.environ["LOCAL_WORLD_SIZE"] = str(os.cpu_count() // threads)  # set_threads reads it
             flags = (f"--preset toy --model_name_or_path {work}/base --data {args.toy} --eval_steps 0 "
                      f"--prompts_per_step 8 --num_generations 4 --max_completion_length 32 "
-                     f"--save_steps 1000 --max_steps {args.steps + 2} --output_dir {work}/{processes}{threads}")
+                     f"--save_steps 1000 --max_steps {args.steps + 2} "
+                     f"--output_dir {work}/{processes}{threads}")
             with open(f"{work}/log.txt", "w") as log:
                 program, clock = start(flags, processes, log), []
                 for seen in 2, args.steps + 2:
