@@ -1043,9 +1043,11 @@ def save_model(folder, run, with_state=False):
         if with_state:
             state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
             distributed_checkpoint.save(state, checkpoint_id=temporary / "state", no_dist=alone)
-    except Exception as error:  # a full disk comes as OSError, SafetensorError or CheckpointException
+    # a full disk comes as OSError, SafetensorError, or CheckpointException, which is no Exception
+    except (Exception, distributed_checkpoint.api.CheckpointException) as error:
+        free = shutil.disk_usage(run.output_dir).free / 2**20  # torch's own reason can be a riddle
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = str(error).strip().splitlines()[-1]
+        reason = f"{str(error).strip().splitlines()[-1]}; {free:.0f} MiB free on the disk"
         last = (checkpoints(run.output_dir) or ["no checkpoint yet"])[-1]
         fail(f"{folder} could not be saved ({reason}); what was there before is whole ({last}): make room, "
              f"then go on with --resume --output_dir {run.output_dir}")

@@ -1597,21 +1597,27 @@ def test_a_run_that_was_stopped_and_killed_ends_as_if_it_had_not_been(train, tmp
     assert [path.name for path in g.checkpoints(folder)] == ["checkpoint-12", "checkpoint-14"]
 
 
-def test_a_full_disk_costs_no_checkpoint(train, tmp_path, monkeypatch):
-    def full(*args, **more):
-        raise OSError(28, "No space left on device")
-    for module, name in (g.distributed_checkpoint, "save"), (g.Qwen2VLForConditionalGeneration,
-                                                             "save_pretrained"):
-        folder = tmp_path / name
-        train(folder, "--max_steps", 1)
-        shutil.rmtree(folder / "final")
-        said = stops("checkpoint-2", "No space left", "checkpoint-1", "--resume")
-        with monkeypatch.context() as patch, said:
-            patch.setattr(module, name, full)
-            train(folder, "--resume", "--max_steps", 2)
-        assert {path.name for path in folder.glob("checkpoint-*")} == {"checkpoint-1"}
-        train(folder, "--resume", "--max_steps", 2)
-        assert (folder / "final").exists()
+@pytest.mark.parametrize("room", [0.5, 1.5], ids=["weights", "state"])
+def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(room, train, tmp_path, monkeypatch):
+    run, resource = tmp_path / "run", pytest.importorskip("resource")
+
+    def save_on_a_full_disk(folder, *rest, save_model=g.save_model, **more):
+        size = (run / "checkpoint-1/model.safetensors").stat().st_size if "checkpoint-2" in str(folder) else 0
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * size) if size else limit[0], limit[1]))
+        try:
+            save_model(folder, *rest, **more)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+    said = stops("checkpoint-2 could not be saved", "MiB free", "checkpoint-1", "--resume")
+    with monkeypatch.context() as patch, said:
+        patch.setattr(g, "save_model", save_on_a_full_disk)
+        train(run)
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]  # and no .tmp
+    g.load_model(str(run / "checkpoint-1"))
+    train(run, "--resume")
+    assert [m["step"] for m in jsonl(run / "metrics.jsonl")] == [1, 2, 3] and (run / "final").exists()
 
 
 # ---- Bad input -------------------------------------------------------------------------------------------

@@ -73,6 +73,7 @@ def parse_args():
     parser.add_argument("--full", action="store_true", help="the shape of Qwen2-VL-2B in bf16, on a GPU")
     parser.add_argument("--trl", action="store_true", help="time TRL's GRPOTrainer too")
     parser.add_argument("--no_memory", action="store_true", help="leave the memory table out")
+    parser.add_argument("--no_time", action="store_true", help="leave the time table out")
     parser.add_argument("--out", help="also write the printed tables to this file")
     parser.add_argument("--measure", choices=("usual", "ours"), help=argparse.SUPPRESS)  # update_memory
     if parser.parse_known_args()[0].full:
@@ -286,11 +287,13 @@ def measure_update(args):
     print(f"{held(peak=True) - before:.0f}")
 
 
+# glibc would keep freed memory for itself; told so, it gives back at once whatever is above 64 KiB
+RETURNING = dict(os.environ, MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536",
+                 MALLOC_TRIM_THRESHOLD_="65536")
+
+
 def update_memory(groups=(2, 4, 8, 16)):
     """-> the lines of the memory table; each number from a process of its own, run with the same flags."""
-    # glibc would keep freed memory for itself; told so, it gives back at once whatever is above 64 KiB
-    environment = dict(os.environ, MALLOC_ARENA_MAX="1", MALLOC_MMAP_THRESHOLD_="65536",
-                       MALLOC_TRIM_THRESHOLD_="65536")
     lines = ["| memory of the update, MiB | " + " | ".join(f"G = {G}" for G in groups) + " | 16 against 2 |",
              "|---|" + "--:|" * (len(groups) + 1)]
     for way, name in (("usual", "usual way"), ("ours", "ours")):
@@ -298,7 +301,7 @@ def update_memory(groups=(2, 4, 8, 16)):
         for G in groups:
             command = [sys.executable, __file__, "--score_tokens", "256", *sys.argv[1:],
                        "--measure", way, "--num_generations", str(G)]
-            child = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
+            child = subprocess.run(command, env=RETURNING, check=True, stdout=subprocess.PIPE, text=True)
             peaks.append(int(child.stdout))
             print(f"memory of the update, {name}, G = {G}: {peaks[-1]} MiB", file=sys.stderr)
         lines.append(f"| {name} | " + " | ".join(map(str, peaks)) + f" | {peaks[-1] / peaks[0]:.2f}x |")
@@ -384,10 +387,10 @@ def main():
     if args.measure:
         return measure_update(args)
     memory = [] if args.no_memory else ["", *update_memory()]
-    table, agreement = compare(args)
+    table, agreement = ([], "") if args.no_time else compare(args)
     if args.trl:
         table.append(compare_trl(args))
-    report = "\n".join([*table, *memory, "", agreement, machine(args)])
+    report = "\n".join([*table, *memory, "", agreement, machine(args)]).lstrip()
     print(report)
     if args.out:
         Path(args.out).write_text(report + "\n")
