@@ -24,6 +24,7 @@ VARIANTS = {  # name -> flags; zeroed and flipped replace group_advantages as we
     "zeroed": ["--beta", "0"],
     "flipped": [],
     "format only": ["--rewards", "format"],
+    "hard": ["--rewards", "hard"],
     "with length": ["--rewards", "accuracy,format,length"],
     "dr_grpo": ["--loss_type", "dr_grpo", "--scale_rewards", "false"],
     "dapo": ["--loss_type", "dapo"],
@@ -41,8 +42,6 @@ def train(variant, seed, steps):
     advantages = grpo_vision.group_advantages
     factor = {"zeroed": 0.0, "flipped": -1.0}.get(variant, 1.0)
     grpo_vision.group_advantages = lambda *args: factor * advantages(*args)
-    grpo_vision.REWARDS.setdefault(  # the paper's failed attempt
-        "length", lambda completion, num_tokens, **_: 0.001 * num_tokens)
     grpo_vision.main(["--seed", str(seed), "--max_steps", str(steps), "--save_steps", str(steps),
                       "--eval_steps", "0", "--output_dir", str(folder(variant, seed)), *VARIANTS[variant]])
 

@@ -79,14 +79,14 @@ class Count:
     embedding: int   # V * H; also the head, if tied
 
 
-def count_parameters(config, freeze=None):
+def count_parameters(config, freeze="none"):
     with torch.device("meta"):
         model = Qwen2VLForConditionalGeneration(config)
     count = lambda module: sum(p.numel() for p in module.parameters())
     language, vision = model.model.language_model, model.model.visual
     embedding, total = language.embed_tokens.weight.numel(), count(model)
     units = [*language.layers, *vision.blocks]
-    frozen = {None: 0, "vision": count(vision), "llm": total - count(vision)}[freeze]
+    frozen = {"none": 0, "vision": count(vision), "llm": total - count(vision)}[freeze]
     return Count(total, total - frozen, count(language) - embedding, max(map(count, units)), count(vision),
                  embedding)
 
@@ -210,8 +210,8 @@ def make_plan(args, cfg):
 
 def plan_largest_stage(args, cfg):
     """-> Plan of the stage with the highest peak, of which there is one unless --stages says otherwise."""
-    stages = [dataclasses.replace(cfg, max_completion_length=stage["max_completion_length"],
-                                  num_generations=stage["num_generations"]) for stage in gv.stages_of(cfg)]
+    stages = [dataclasses.replace(cfg, max_completion_length=length, num_generations=generations)
+              for _, length, generations in gv.stages_of(cfg)]
     return max((make_plan(args, stage) for stage in stages), key=lambda plan: max(plan.peaks))
 
 
