@@ -733,6 +733,8 @@ def main(argv=None):
     parser.add_argument("--limit", type=positive, help="only so many questions, always the same")
     parser.add_argument("--batch_size", type=positive, default=32, help="questions decoded together")
     parser.add_argument("--max_new_tokens", type=positive, default=1024, help="tokens at most per answer")
+    parser.add_argument("--max_pixels", type=positive, help="larger images are shrunk to this; default: the "
+                        "model's, which for a checkpoint is what it was trained with")
     parser.add_argument("--temperature", type=float, help="default: 0, greedy, as the paper; 0.6 with --ask")
     parser.add_argument("--seed", type=int, default=0, help="seed of sampling, if temperature is above 0")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
@@ -788,7 +790,7 @@ def checkpoints(run, only_ends):
 
 def load(name, args, device):
     """-> model, tokenizer, image processor"""
-    tokenizer, image_processor = load_processors(name)
+    tokenizer, image_processor = load_processors(name, max_pixels=args.max_pixels)
     model = load_model(name, dtype=getattr(torch, args.dtype)).to(device)
     set_threads(model)
     return model, tokenizer, image_processor
