@@ -87,10 +87,10 @@ def load_benchmark(path, limit=None):
             question |= {"task": row["task"], "source": row["source"], "images": [row["image"]],
                          "text": row["prompt"], "options": row["choices"], "answer": row["choices"][number]}
         else:
-            if row["answer"] not in (row["options"] or []):
+            if row["answer"] not in (row["options"] or [row["answer"]]):
                 fail(f"{path}, row {i}: its answer {row['answer']!r} is not one of its options")
             question |= {"task": row.get("question_type") or "all", "source": "held-out",
-                         "images": row["images"] or [], "options": row["options"],
+                         "images": row["images"] or [], "options": row["options"] or [],
                          "text": build_question(row["question"], row["options"])}
         questions.append(question)
     return questions
@@ -101,7 +101,7 @@ def check_counts(path, questions):
     found = Counter(q[key] for q in questions for key in ("task", "source"))
     wrong = [f"{found[name]} of {name}, not {count}" for name, count in PUBLISHED.items()
              if found[name] != count]
-    if wrong and "held-out" not in found:
+    if wrong and "held-out" not in found and not path.startswith("data/toy"):  # of CV-Bench's shape only
         print(f"warning: {path} is not CV-Bench as published: it has {'; '.join(wrong)}", file=sys.stderr)
 
 
@@ -357,7 +357,7 @@ def score(parts):
         low, high = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
         shares.append((weight, p, min(p, max(low, 0.0)), max(p, min(high, 1.0))))  # against rounding
         variance += weight**2 * p * (1 - p) / n
-        chance += weight * mean(1 / len(r["options"]) for r in records)
+        chance += weight * mean(1 / len(r["options"]) if r["options"] else 0 for r in records)
     value, low, high = weighted(shares)
     n = sum(len(records) for _, records in parts)
     return Score(n, *(100 * x for x in (value, variance**0.5, low, high, chance)))

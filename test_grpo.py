@@ -1805,6 +1805,16 @@ def test_all_modes_are_asked_in_the_papers_words(evaluate, evaluated, instruct_d
         assert list(json.loads((folder / "summary.json").read_text())) == list(modes)
 
 
+def test_questions_with_free_answers_are_evaluated(sat, model_dir, tmp_path):
+    table = datasets.Dataset.from_parquet(str(sat / "train.parquet"))
+    rows = [{**row, "options": []} for row in table.to_list()]
+    datasets.Dataset.from_list(rows, table.features).to_parquet(tmp_path / "free.parquet")
+    eval_cvbench.main(["--model", model_dir, "--data", str(tmp_path / "free.parquet"), "--max_new_tokens", "4",
+                       "--output_dir", str(tmp_path / "results")])
+    summary = json.loads(next((tmp_path / "results").rglob("summary.json")).read_text())
+    assert summary["base-reasoning"]["scores"]["total"]["chance"] == 0
+
+
 def test_held_out_questions_are_asked_as_in_training(sat, instruct_dir):
     rows = datasets.Dataset.from_parquet(str(sat / "train.parquet"))
     questions = eval_cvbench.load_benchmark(str(sat / "train.parquet"))
