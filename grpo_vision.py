@@ -383,7 +383,6 @@ class Decoder:
         P = int(lengths.max())                                                # here without the last token
         left_pad = lambda x: nn.functional.pad(x, (0, 0, P - x.shape[2], 0))
         self.model, self.fixed = model, model.device.type == "cuda" if fixed is None else fixed
-        self.masked = self.fixed or len(set(lengths.tolist())) > 1
         self.place = torch.tensor([P], device=model.device)
         layers = []
         for layer in zip(*encoded):  # (keys, values) of this layer, of each prompt
@@ -416,7 +415,8 @@ class Decoder:
         return self.replay
 
     def forward(self):
-        mask = self.mask if self.fixed else self.mask[..., :int(self.place) + 1] if self.masked else None
+        # a mask even where nothing is hidden: with one, transformers packs grouped queries, which is faster
+        mask = self.mask if self.fixed else self.mask[..., :int(self.place) + 1]
         output = self.model.model(input_ids=self.tokens, position_ids=self.positions.expand(3, -1, -1),
                                   past_key_values=self.cache, attention_mask={"full_attention": mask})
         return output.last_hidden_state[:, -1]
@@ -965,8 +965,12 @@ def checkpoints(output_dir):
 
 
 def append_jsonl(path, records):
-    with open(path, "a") as file:
-        file.writelines(json.dumps(record) + "\n" for record in records)
+    try:
+        with open(path, "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    except OSError as error:
+        fail(f"{path} cannot be written ({error}); make room, then go on from where it stands: what is saved "
+             "is whole")
 
 
 def cut_jsonl(path, step):
