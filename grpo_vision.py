@@ -23,6 +23,7 @@ tokens, H hidden size, V vocabulary. Tensor lines end in their shape: # (N, C)
 
     accelerate launch grpo_vision.py                                 # a toy: any laptop, offline, minutes
     accelerate launch grpo_vision.py --preset sat --max_steps 100    # Qwen2-VL-2B on SAT, on a GPU
+    accelerate launch --num_processes 8 grpo_vision.py --preset sat  # the same sharded over eight (FSDP2)
 """
 import dataclasses
 import io
@@ -969,8 +970,7 @@ def append_jsonl(path, records):
         with open(path, "a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
     except OSError as error:
-        fail(f"{path} cannot be written ({error}); make room, then go on from where it stands: what is saved "
-             "is whole")
+        fail(f"{path} cannot be written ({error}); make room, then --resume from the last checkpoint")
 
 
 def cut_jsonl(path, step):
