@@ -57,7 +57,7 @@ def launch(job):
 
 
 def curve(variant, seed, column):
-    """-> the column's value at each step; accuracy that was not rewarded is read off the completions."""
+    """-> the column's value at each step; what was not rewarded is read off the completions."""
     import grpo_vision
     path = folder(variant, seed)
     metrics = read_jsonl(path / "metrics.jsonl")
@@ -65,9 +65,9 @@ def curve(variant, seed, column):
         return [m[COLUMNS[column]] for m in metrics]
     rows = {}
     for sample in read_jsonl(path / "completions.jsonl"):
-        answer = grpo_vision.extract_answer(sample["completion"], strict=True)
-        right = grpo_vision.grade(answer, sample["answer"], [sample["answer"]])
-        rows.setdefault(sample["step"], []).append(float(right))
+        value = grpo_vision.REWARDS[column](sample["completion"], num_tokens=sample["length"],
+                                            answer=sample["answer"], options=[sample["answer"]])
+        rows.setdefault(sample["step"], []).append(value)
     return [mean(rows[step]) for step in sorted(rows)]
 
 
@@ -112,7 +112,7 @@ def figure(variants, seeds, path):
             band(axis, range(1, len(curves[0]) + 1), curves, variant, scale)
         axis.set(title=title, xlabel="training step", ylim=(0, 100) if column == "accuracy" else (0, None))
         axis.grid(alpha=0.25)
-    axes[1].legend(fontsize=8)
+    fig.legend(*axes[0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     fig.savefig(path, dpi=130)
 
 
