@@ -384,6 +384,7 @@ class Decoder:
         P = int(lengths.max())                                                # here without the last token
         left_pad = lambda x: nn.functional.pad(x, (0, 0, P - x.shape[2], 0))
         self.model, self.fixed = model, model.device.type == "cuda" if fixed is None else fixed
+        self.masked = len(set(lengths.tolist())) > 1  # without need of one, attention is faster on a CPU
         self.place = torch.tensor([P], device=model.device)
         layers = []
         for layer in zip(*encoded):  # (keys, values) of this layer, of each prompt
@@ -416,8 +417,7 @@ class Decoder:
         return self.replay
 
     def forward(self):
-        # a mask even where nothing is hidden: with one, transformers packs grouped queries, which is faster
-        mask = self.mask if self.fixed else self.mask[..., :int(self.place) + 1]
+        mask = self.mask if self.fixed else self.mask[..., :int(self.place) + 1] if self.masked else None
         output = self.model.model(input_ids=self.tokens, position_ids=self.positions.expand(3, -1, -1),
                                   past_key_values=self.cache, attention_mask={"full_attention": mask})
         return output.last_hidden_state[:, -1]

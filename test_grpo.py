@@ -332,6 +332,8 @@ def test_every_flag_and_metric_in_the_readme_exists(trained, capsys):
         with pytest.raises(SystemExit):
             program(["--help"])
     known |= set(re.findall(r"--\w+", capsys.readouterr().out))
+    shown = subprocess.run([sys.executable, folder / "bench/step.py", "--help"], capture_output=True, text=True)
+    known |= set(re.findall(r"--\w+", shown.stdout))  # most of its flags come out of a table
     for script in (folder / "bench").glob("*.py"):
         known |= set(re.findall(r"\W(--\w+)\b", script.read_text()))
     others = """--num_processes --num_machines --machine_rank --main_process_ip --main_process_port
