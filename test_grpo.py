@@ -332,8 +332,8 @@ def test_every_flag_and_metric_in_the_readme_exists(trained, capsys):
         with pytest.raises(SystemExit):
             program(["--help"])
     known |= set(re.findall(r"--\w+", capsys.readouterr().out))
-    shown = subprocess.run([sys.executable, folder / "bench/step.py", "--help"], capture_output=True, text=True)
-    known |= set(re.findall(r"--\w+", shown.stdout))  # most of its flags come out of a table
+    shown = subprocess.run([sys.executable, folder / "bench/step.py", "--help"], stdout=subprocess.PIPE)
+    known |= set(re.findall(r"--\w+", shown.stdout.decode()))  # most of its flags come out of a table
     for script in (folder / "bench").glob("*.py"):
         known |= set(re.findall(r"\W(--\w+)\b", script.read_text()))
     others = """--num_processes --num_machines --machine_rank --main_process_ip --main_process_port
@@ -343,7 +343,8 @@ def test_every_flag_and_metric_in_the_readme_exists(trained, capsys):
     for script in re.findall(r"\b(?:bench/)?\w+\.py\b", readme):
         assert (folder / script).exists() or script == "my_rewards.py", script
     table = readme[readme.index("| name in `metrics.jsonl`"):readme.index("Out of memory:")]
-    named = {name for line in table.splitlines()[2:] for name in re.findall(r"`([^`]+)`", line.split("|")[1])}
+    rows = [line.split("|") for line in table.splitlines()[2:] if line.startswith("|")]
+    named = {name for row in rows for name in re.findall(r"`([^`]+)`", row[1])}
     metrics = jsonl(trained[0] / "metrics.jsonl", drop="-")
     logged = {re.sub("rewards/.*", "rewards/NAME", name) for m in metrics for name in m}
     assert named - {"nll"} == logged - {"step"}
@@ -1811,8 +1812,8 @@ def test_questions_with_free_answers_are_evaluated(sat, model_dir, tmp_path):
     table = datasets.Dataset.from_parquet(str(sat / "train.parquet"))
     rows = [{**row, "options": []} for row in table.to_list()]
     datasets.Dataset.from_list(rows, table.features).to_parquet(tmp_path / "free.parquet")
-    eval_cvbench.main(["--model", model_dir, "--data", str(tmp_path / "free.parquet"), "--max_new_tokens", "4",
-                       "--output_dir", str(tmp_path / "results")])
+    eval_cvbench.main(["--model", model_dir, "--data", str(tmp_path / "free.parquet"), "--max_new_tokens",
+                       "4", "--output_dir", str(tmp_path / "results")])
     summary = json.loads(next((tmp_path / "results").rglob("summary.json")).read_text())
     assert summary["base-reasoning"]["scores"]["total"]["chance"] == 0
 
