@@ -73,9 +73,9 @@ def setting(default, help):
 
 @dataclass
 class Config:
-    """Every setting of a run. Precedence: these defaults < --preset < the command line."""
+    """Every setting of a run. Precedence: these defaults < --preset < the run to --resume < command line."""
     # what to train, on what
-    preset: str = setting("toy", "toy (offline, minutes on a CPU) or sat (the paper: Qwen2-VL-2B on SAT)")
+    preset: str = setting("toy", "toy (offline, on a CPU), sat (the paper), sat-sft or vision-r1")
     model_name_or_path: str = setting("data/toy/base", "model to start from: a folder or a hub id")
     data: str = setting("data/toy", "Parquet file from prepare_sat.py, or a folder with train.parquet")
     output_dir: Optional[str] = setting(None, "folder of the run; default: runs/PRESET, or runs/PRESET-2 ...")
@@ -661,7 +661,7 @@ def load_rewards(path):
 
 def compute_rewards(names, texts, lengths, rows):
     """Each named reward of N completions, with their lengths in tokens and data rows -> {name: (N,)}."""
-    rewards = {}
+    rewards, rows = {}, [{key: row[key] for key in row if key != "completion"} for row in rows]  # SFT's own
     for name in names:
         values = []
         for text, length, row in zip(texts, lengths, rows, strict=True):

@@ -1458,6 +1458,12 @@ def test_free_answers_and_vision_r1s_wording_are_graded():
         assert not g.grade("Final Answer:A", "left", ["right", "left"], strict)
 
 
+def test_rows_that_hold_a_completion_for_sft_can_be_rewarded_too():
+    row = dict(answer="left", options=OPTIONS, completion="<think> given </think> <answer> right </answer>")
+    found = g.compute_rewards(["accuracy"], ["<think> a </think> <answer> left </answer>"], [7], [row])
+    assert found["accuracy"].tolist() == [1]
+
+
 def test_hard_and_length_rewards():
     row = dict(answer="left", options=OPTIONS, num_tokens=7)
     for completion, expected in {"<think> a </think> <answer> left </answer>": 1,

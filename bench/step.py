@@ -17,18 +17,18 @@ same completions the log-probabilities and the norm of the gradient must agree.
 
 Memory of the update is its peak minus what was held before (weights and gradients were), each number from a
 fresh process, on Linux or a GPU. There --score_tokens is 256, two completions of 128 at a time: the
-program's 4096 would take G = 16 in one chunk, and the memory would still grow from G = 2 to 16.
+program's 2048 would take G = 16 in one chunk, and the memory would still grow from G = 2 to 16.
 
 Sample output (two cores, medians of three repeats; the TRL row from a run with --trl, memory from another):
 
     | phase | usual way, s | ours, s | ratio |
     |---|--:|--:|--:|
-    | rollout | 7.74 | 3.69 | 2.1x |
-    | reference | 4.87 | 1.08 | 4.5x |
-    | update | 22.11 | 3.55 | 6.2x |
-    | reference + update | 26.99 | 4.61 | 5.9x |
-    | **whole step** | 34.49 | 8.23 | 4.2x |
-    | whole step, TRL's GRPOTrainer | 37.70 | 8.48 | 4.4x |
+    | rollout | 8.71 | 5.38 | 1.6x |
+    | reference | 5.03 | 1.26 | 4.0x |
+    | update | 24.08 | 3.71 | 6.5x |
+    | reference + update | 29.01 | 4.97 | 5.8x |
+    | **whole step** | 38.15 | 10.35 | 3.7x |
+    | whole step, TRL's GRPOTrainer (earlier) | 37.70 | 8.48 | 4.4x |
 
     | memory of the update, MiB | G = 2 | G = 4 | G = 8 | G = 16 | 16 against 2 |
     |---|--:|--:|--:|--:|--:|
