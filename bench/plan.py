@@ -268,7 +268,7 @@ def measure(args, cfg):
     config, before = read_config(cfg.model_name_or_path), step.held()
     with torch.device(args.device):
         model = gv.patch_embed_as_matmul(Qwen2VLForConditionalGeneration(config)).eval()
-    if cfg.freeze:
+    if cfg.freeze != "none":
         {"vision": model.model.visual, "llm": model.model.language_model}[cfg.freeze].requires_grad_(False)
     single = args.device == "cpu"
     plain = lambda: copy.deepcopy(model).to(torch.float32 if single else torch.bfloat16).requires_grad_(False)
@@ -293,7 +293,8 @@ def measure(args, cfg):
     if cfg.freeze == "vision":
         with torch.no_grad():
             for prompt in prompts:
-                prompt.image_features = sampler.model.get_image_features(prompt.pixel_values, grid)
+                features = sampler.model.get_image_features(prompt.pixel_values, grid).pooler_output
+                prompt.image_features = torch.cat(features)
     step.forget_peak()
     rollout = gv.sample(sampler, prompts, cfg.num_generations, cfg.max_completion_length, 1.0, suppressed,
                         [0])
