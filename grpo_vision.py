@@ -365,9 +365,10 @@ def token_logps(model, hidden, temperature, suppressed):
     temperature, or the ratio would compare two different policies.
     """
     logits = model.lm_head(hidden)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / temperature
+    # in place: with 151,936 tokens in the vocabulary these are the largest tensors of all
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
     # the smallest finite number, not -inf: p * log p must be 0 in the entropy, not nan
-    return logits.masked_fill(suppressed, torch.finfo(logits.dtype).min).log_softmax(-1)
+    return logits.masked_fill_(suppressed, torch.finfo(logits.dtype).min).log_softmax(-1)
 
 
 class Decoder:
@@ -462,8 +463,8 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
     running = torch.ones(N, dtype=torch.bool, device=device)       # of these, which are not done
     for t in range(C):
         logps = token_logps(model, decoder.step(), temperature or 1.0, suppressed)                # (rows, V)
-        if temperature > 0:  # argmax(log p - log Exp(1)) draws from p: the Gumbel trick
-            noise = torch.empty_like(logps).exponential_(generator=generator).log_()
+        if temperature > 0:  # argmax(log p - log(-log U)), U uniform, draws from p: the Gumbel trick
+            noise = torch.rand_like(logps, generator=generator).log_().neg_().log_()
             tokens = (logps - noise).argmax(-1, keepdim=True)                                     # (rows, 1)
         else:
             tokens = logps.argmax(-1, keepdim=True)
@@ -500,7 +501,7 @@ def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature
     logps = token_logps(model, hidden[completion_mask], temperature, suppressed)                 # (tokens, V)
     chosen = logps.gather(-1, completion_ids[completion_mask][:, None])[:, 0]                     # (tokens,)
     with torch.no_grad():
-        entropy = -(logps.exp() * logps).sum(-1)                                                  # (tokens,)
+        entropy = -logps.exp().mul_(logps).sum(-1)                                                # (tokens,)
     blank = torch.zeros(R, C, dtype=logps.dtype, device=logps.device)
     return blank.masked_scatter(completion_mask, chosen), blank.masked_scatter(completion_mask, entropy)
 
