@@ -26,12 +26,14 @@ import html
 import io
 import json
 import re
+import shutil
 import sys
 from collections import Counter, defaultdict, namedtuple
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import timedelta
 from functools import lru_cache
-from math import comb
+from math import comb, isfinite
 from pathlib import Path
 from statistics import NormalDist, mean
 
@@ -42,11 +44,10 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from grpo_vision import (append_jsonl, build_prompt, build_question, choose, choose_prompt, completion_text,
-                         end_tokens, extract_answer, fail, grade, load_model, load_processors, open_image,
-                         render, sample, seeded, set_threads, suppressed_tokens, upright, write_whole)
-
-
+from grpo_vision import (ANSWER_BLOCK, BASE_PROMPT, IMAGE_TOKENS, build_prompt, build_question, choose,
+                         choose_prompt, completion_text, end_tokens, extract_answer, fail, grade, load_model,
+                         load_processors, normalise, open_image, render, sample, seeded, set_threads,
+                         suppressed_tokens, upright)
 
 # ---- The questions ---------------------------------------------------------------------------------------
 
@@ -106,6 +107,17 @@ def check_counts(path, questions):
 
 
 # ---- The answers -----------------------------------------------------------------------------------------
+
+# The base prompt as a chat template, which checkpoints carry: a server then asks as the policy was trained.
+# It tells no role from another, so that it does not make the model an instruct model.
+SERVED_PROMPT = (
+    "{%- for message in messages -%}"
+    "{%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string "
+    "else message.content -%}{%- set images = parts | selectattr('type', 'equalto', 'image') | list -%}"
+    "{%- for image in images -%}{% if images | length > 1 %}Picture {{ loop.index }}: {% endif %}"
+    + IMAGE_TOKENS + "{%- endfor -%}" + BASE_PROMPT.replace(
+        "{question}", "{% for part in parts if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '' }}")
+    + "{%- endfor -%}")
 
 # How a question is asked: the template, and what is put behind a CV-Bench prompt; all are the paper's. Its
 # words for instruct models differ from those it trains them with.
@@ -198,11 +210,98 @@ def answer_questions(model, tokenizer, image_processor, todo, batch_size=32, max
                     yield graded(record, strict)
 
 
+# ---- Grading: as in training, but right in a wrong form counts -------------------------------------------
+
+def read_answer(text, strict=False):
+    """The answer in a completion, or None. strict: as training does, `extract_answer`.
+
+    Else: what is inside the last answer block, else what follows the last </think>, else the whole text. (The
+    paper's code goes from block to whole text; but a chain names choices that it goes on to reject, so where
+    an answer follows it, only that counts.)
+
+    >>> read_answer("it is 2"), read_answer("it is 2", strict=True)
+    ('it is 2', None)
+    """
+    if strict:
+        return extract_answer(text)
+    if blocks := ANSWER_BLOCK.findall(text):
+        return blocks[-1].strip() or None
+    return text.rpartition("</think>")[2].strip() or text.strip() or None
+
+
+NUMBERS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+                   "fifteen sixteen seventeen eighteen nineteen twenty".split(), map(str, range(21))))
+# how a letter is named in a sentence: (c), or "c) ..." at its start, or "answer is c"; "a" is also an article
+NAMED_LETTER = re.compile(r"\(([a-z])\)|^([a-z])[).:] |\b(?:answer is|answer:|option|choice):? "
+                          r"\(?(?:([b-z])\b|(a)(?=[).,:;]|$))")
+
+
+def read_choice(answer, options):
+    """-> the option that `answer` (from `read_answer`) chooses, or None: by `choose`, as in training, or else
+
+    a sentence chooses if it names exactly one option, by text or letter, or does so after its last "answer
+    is" or "answer:"; where all options are numbers, words count as digits, unless the answer has digits too
+    ("the left one: 3"). What names two options chooses none: the paper's code takes a match anywhere, so that
+    "either left or right" may be right there. A table of cases is in test_grpo.py.
+
+    >>> choose("So it is left.", ["right", "left"]), read_choice("So it is left.", ["right", "left"])
+    (None, 'left')
+    >>> [read_choice(text, ["2", "3"]) for text in ("Three.", "The answer is B", "(A) or (B)")]
+    ['3', '3', None]
+    """
+    if answer is None or choose(answer, options) is not None:
+        return choose(answer, options)
+    options = options or []
+    answer, texts = normalise(answer), [normalise(option) for option in options]
+    by_letter = dict(zip("abcdefghijklmnopqrstuvwxyz", options))
+    digits = lambda text: re.sub("[a-z]+", lambda word: NUMBERS.get(word[0], word[0]), text)
+    if all(re.fullmatch(r"\d+", digits(text)) for text in texts):
+        texts, answer = list(map(digits, texts)), answer if re.search(r"\d", answer) else digits(answer)
+    by_text = dict(zip(texts, options))
+    conclusion = max((found.start() for found in re.finditer(r"\banswer(?: is\b|:)", answer)), default=0)
+    for part in answer[conclusion:], answer:
+        named = {by_letter.get("".join(groups)) for groups in NAMED_LETTER.findall(part)}
+        for text in sorted(texts, key=len, reverse=True):  # "no, it would not" before "no", which it contains
+            part, found = re.subn(rf"(?<![\w.]){re.escape(text)}(?!\w|\.\d)", " ", part)
+            named |= {by_text[text]} if found else set()
+        if len(named) == 1:
+            return named.pop()
+    return None
+
+
 def graded(record, strict):
     """The record with what its completion is worth, by the grader as it is now."""
-    extracted = extract_answer(record["completion"], strict)
-    return {**record, "extracted": extracted, "chosen": choose(extracted, record["options"], strict),
-            "correct": grade(extracted, record["answer"], record["options"], strict)}
+    extracted, find = read_answer(record["completion"], strict), choose if strict else read_choice
+    return {**record, "extracted": extracted, "chosen": find(extracted, record["options"]),
+            "correct": grade(extracted, record["answer"], record["options"], find)}
+
+
+# ---- Files -----------------------------------------------------------------------------------------------
+
+def read_jsonl(path):
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
+
+
+def append_jsonl(path, records):
+    try:
+        with open(path, "a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+    except OSError as error:
+        fail(f"{path} cannot be written ({error}); make room, then --resume from the last checkpoint")
+
+
+def cut_jsonl(path, step):
+    """Drop what came after `step`, and a line that a killed run left half: a resumed run writes it again."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    write_whole(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
+
+
+def write_whole(path, text):
+    """The file has the text, or is as it was, whenever the program is killed."""
+    partial = path.with_name(path.name + ".tmp")
+    partial.write_text(text)
+    partial.replace(path)
 
 
 # ---- Kept answers ----------------------------------------------------------------------------------------
@@ -389,7 +488,7 @@ def summarise(records):
         "unparsed": rate(lambda r: r["chosen"] is None),
         "truncated": rate(lambda r: not r["finished"]),
         "letter only": rate(lambda r: re.fullmatch(r"\(?[A-Za-z]\)?\.?", r["extracted"] or "")),
-        "one answer block": rate(lambda r: extract_answer(r["completion"], strict=True) is not None),
+        "one answer block": rate(lambda r: extract_answer(r["completion"]) is not None),
         "reflection word": rate(lambda r: REFLECTION.search(r["completion"])),
         "mean length": mean(r["length"] for r in records)}}
 
@@ -522,11 +621,6 @@ def write_report(file, title, answers, questions, most=25):
 
 # ---- A run to look at: curves.png and rollouts.html ------------------------------------------------------
 
-def read_jsonl(path):
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]  # a killed run may leave half a line
-
-
 def load_sets(paths, limit):
     """Comma-separated benchmarks -> {path: questions}, the same `limit` questions of each every time."""
     return {path: load_benchmark(path, limit) for path in paths.split(",")}
@@ -547,6 +641,31 @@ def track(run, step):
             append_score(run.output_dir / "eval.jsonl", step, name, records)
     if rank == 0 and step:
         show(run.output_dir, run.data)
+
+
+def open_logs(cfg, output_dir, done):
+    """The run's folder with its config.json and its logs as they were after `done` steps."""
+    if cfg.overwrite and not cfg.resume:
+        shutil.rmtree(output_dir, ignore_errors=True)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_whole(output_dir / "config.json", json.dumps(asdict(cfg), indent=2))
+    for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):
+        cut_jsonl(output_dir / name, done or -1)  # the evaluation before the first step is step 0
+
+
+def log_step(run, metrics, samples):
+    """A step's metrics and completions -> files, tracker and a line to read; the end of the run, if the
+    gradient is not finite."""
+    is_main, folder = run.accelerator.is_main_process, run.output_dir
+    if not isfinite(metrics["grad_norm"]):
+        append_jsonl(folder / "bad_batch.jsonl", samples if is_main else [])
+        fail(f"step {metrics['step']}: gradient norm {metrics['grad_norm']}; lower --learning_rate and "
+             f"--resume from the last checkpoint; the batch is in {folder}/bad_batch.jsonl")
+    if is_main:
+        append_jsonl(folder / "metrics.jsonl", [metrics])
+        append_jsonl(folder / "completions.jsonl", samples)
+        tqdm.write(live_line(metrics))
+    run.accelerator.log(metrics, step=metrics["step"])
 
 
 def live_line(metrics):
@@ -572,7 +691,11 @@ def append_score(path, step, name, records):
 
 
 def report(run):
-    """The end of a training run in a few lines: before and after, what to open, what to try next."""
+    """The end of a training run: the picture, the page, and a few lines of before and after."""
+    if not run.accelerator.is_main_process:
+        return
+    show(run.output_dir, run.data)
+    run = run.output_dir
     metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "eval.jsonl")
     for name in dict.fromkeys(s["set"] for s in scores):
         first, *_, last = [s for s in scores if s["set"] == name] * 2
@@ -892,7 +1015,7 @@ def ask(args, device):
     print(completion_text(text, [], tokenizer), end="", flush=True)
     temperature = 0.6 if args.temperature is None else args.temperature
     ids = stream(model, tokenizer, prompt, temperature, args.top_p, args.max_new_tokens, args.seed)
-    answer = extract_answer(completion_text(text, ids, tokenizer), strict=True)
+    answer = extract_answer(completion_text(text, ids, tokenizer))
     if ids[-1] not in end_tokens(tokenizer):
         print(f"(cut off: --max_new_tokens {args.max_new_tokens})")
     print(f"answer: {answer}" if answer else "(no answer block)")

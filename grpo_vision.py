@@ -1,8 +1,7 @@
 """Visual R1-Zero in one file: GRPO on Qwen2-VL, after VisualThinker-R1-Zero (arXiv 2503.05132).
 
 A base model that looks at a picture and answers a question learns, from right-or-wrong rewards alone, to
-reason before it answers. One training step is this recipe. The sections below follow it, except that step 5
-stands beside step 2, with which it shares its code:
+reason before it answers. One training step is this recipe, and the sections below follow it:
 
   1. Draw B questions, each with its image, and put each into the prompt template.
   2. Sample G completions of each prompt from the policy: N = B * G rows, prompt-major (row i: prompt i // G).
@@ -25,6 +24,7 @@ tokens, H hidden size, V vocabulary. Tensor lines end in their shape: # (N, C)
     accelerate launch grpo_vision.py --preset sat --max_steps 100    # Qwen2-VL-2B on SAT, on a GPU
     accelerate launch --num_processes 8 grpo_vision.py --preset sat  # the same sharded over eight (FSDP2)
 """
+import argparse
 import dataclasses
 import io
 import json
@@ -72,9 +72,8 @@ def setting(default, help):
 
 
 @dataclass
-class Config:
-    """Every setting of a run. Precedence: these defaults < --preset < the run to --resume < command line."""
-    # what to train, on what
+class Task:
+    _argument_group_name = "what to train, on what"
     preset: str = setting("toy", "toy (offline, on a CPU), sat (the paper), sat-sft or vision-r1")
     model_name_or_path: str = setting("data/toy/base", "model to start from: a folder or a hub id")
     data: str = setting("data/toy", "Parquet file from prepare_sat.py, or a folder with train.parquet")
@@ -82,34 +81,50 @@ class Config:
     overwrite: bool = setting(False, "delete what is in output_dir and start anew")
     resume: bool = setting(False, "go on from output_dir's last checkpoint, with its settings")
     seed: int = setting(0, "seed of data order and sampling")
-    algorithm: Literal["grpo", "sft"] = setting("grpo", "sft: learn the data's completions, or its answers")
-    freeze: Literal["none", "vision", "llm"] = setting("none", "the part of the model that is not trained")
-    # prompt and rollout
-    prompt: Literal["auto", "base", "instruct"] = setting("auto", "auto: by the model's chat template")
+    algorithm: Literal["grpo", "sft"] = setting("grpo", "or sft: learn the data's completions, or answers")
+    freeze: Literal["none", "vision", "llm"] = setting("none", "or vision, llm: the part that is not trained")
+
+
+@dataclass
+class Rollouts:
+    _argument_group_name = "prompt and rollout"
+    prompt: Literal["auto", "base", "instruct"] = setting("auto", "by the chat template; or base, instruct")
     max_prompt_length: int = setting(1024, "tokens, images included; longer prompts are dropped, never cut")
-    min_pixels: Optional[int] = setting(None, "smaller images are enlarged to this; default: the model's")
-    max_pixels: Optional[int] = setting(None, "larger images are shrunk to this; default: the model's")
+    min_pixels: Optional[int] = setting(None, "pixels; smaller images are enlarged; default: the model's")
+    max_pixels: Optional[int] = setting(None, "pixels; larger images are shrunk; default: the model's")
     prompts_per_step: int = setting(8, "B, prompts per step over all processes")
     num_generations: int = setting(8, "G, completions per prompt")
     max_completion_length: int = setting(700, "tokens at most per completion")
     temperature: float = setting(1.0, "sampling temperature; scoring divides the logits by it as well")
     stages: Optional[str] = setting(None, "100x4096x16,100x8192x8: steps x tokens x G in turn")
-    # rewards and loss
+
+
+@dataclass
+class Objective:
+    _argument_group_name = "rewards and loss"
     rewards: str = setting("accuracy,format", "names from REWARDS, added up")
     reward_file: Optional[str] = setting(None, "Python file, executed, whose functions join REWARDS")
     beta: float = setting(0.04, "weight of the KL penalty; 0 loads no reference model")
     epsilon: float = setting(0.2, "the ratio is clipped below 1 - epsilon")
     epsilon_high: Optional[float] = setting(None, "and above 1 + epsilon_high; default: epsilon")
     num_iterations: int = setting(1, "updates per rollout; the clip can act only from the second on")
-    loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how tokens are averaged: LOSS_TYPES")
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how tokens average; or dr_grpo, dapo")
     scale_rewards: bool = setting(True, "divide advantages by the group's std (false: Dr. GRPO)")
     mask_truncated_completions: bool = setting(False, "completions cut at the limit teach nothing (DAPO)")
-    # optimizer
+
+
+@dataclass
+class Optimization:
+    _argument_group_name = "optimizer"
     max_steps: int = setting(1500, "training steps, one rollout each")
     learning_rate: float = setting(1e-6, "AdamW's rate at the start; falls linearly to 0 at max_steps")
     weight_decay: float = setting(0.0, "AdamW's weight decay")
     max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this norm; 0: never")
-    # machine and files
+
+
+@dataclass
+class Machine:
+    _argument_group_name = "machine and files"
     score_tokens: int = setting(2048, "completion tokens scored at a time: bounds the memory of the update")
     attn_implementation: str = setting("sdpa", "sdpa, eager, or flash_attention_2 if installed")
     save_steps: int = setting(100, "steps between checkpoints")
@@ -118,6 +133,12 @@ class Config:
     eval_data: str = setting("nyu-visionx/CV-Bench", "comma-separated sets, as eval_cvbench.py takes them")
     eval_limit: int = setting(128, "questions of each set, the same ones every time")
     log_with: Optional[str] = setting(None, "an accelerate tracker besides metrics.jsonl: tensorboard, ...")
+
+
+@dataclass
+class Config(Machine, Optimization, Objective, Rollouts, Task):
+    """Every setting of a run, as grouped above (a dataclass takes the last base's fields first). Precedence:
+    these defaults < --preset < the run to --resume < command line."""
 
 
 # the paper's recipe is Config's defaults; 401,408 pixels are 512 image tokens of 28 x 28
@@ -133,26 +154,48 @@ PRESETS = {
 }
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """--help with one line per setting: one spelling, no metavar, and no default where it is None."""
+    def __init__(self, prog):
+        super().__init__(prog, max_help_position=32, width=132)
+
+    def _format_action_invocation(self, action):
+        return action.option_strings[0]
+
+    def _get_help_string(self, action):
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 def parse_config(argv=None):
     """Command line (list of str; None: sys.argv) -> Config."""
-    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.splitlines()[0])
-    given = parser.parse_known_args(argv)[0]
+    parser = HfArgumentParser(Config.__bases__[::-1], allow_abbrev=False, formatter_class=HelpFormatter,
+                              usage="grpo_vision.py [--preset NAME] [--setting VALUE ...]",
+                              description=__doc__.splitlines()[0])
+    given, _ = parser.parse_known_args(argv)
     if given.preset not in PRESETS:
         fail(f"--preset {given.preset} is unknown; choose one of: {', '.join(PRESETS)}")
     parser.set_defaults(**PRESETS[given.preset])
     saved = Path(given.output_dir or f"runs/{given.preset}") / "config.json"
     if given.resume and saved.exists():  # a run goes on as it began, but for what is given anew
         parser.set_defaults(**{**json.loads(saved.read_text()), "overwrite": False, "resume": True})
-    cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         fail(f"unknown argument {unknown[0]}; `python grpo_vision.py --help` lists them all")
+    cfg = Config(**{name: value for group in groups for name, value in vars(group).items()})
+    if cfg.algorithm == "sft":  # one completion per prompt, always as good; nothing to stay close to
+        cfg.num_generations, cfg.beta, cfg.temperature = 1, 0.0, 1.0
+    check_config(cfg)
+    cfg.max_steps = sum(steps for steps, _, _ in stages_of(cfg))
+    return cfg
+
+
+def check_config(cfg):
+    """Stop with a sentence if a setting cannot be; the functions of --reward_file join REWARDS."""
     if cfg.reward_file:
         REWARDS.update(load_rewards(cfg.reward_file))
     for name in cfg.rewards.split(","):
         if name not in REWARDS:
             fail(f"--rewards {name} is unknown; choose from: {', '.join(REWARDS)}")
-    if cfg.algorithm == "sft":  # one completion per prompt, always as good; nothing to stay close to
-        cfg.num_generations, cfg.beta, cfg.temperature = 1, 0.0, 1.0
     least = dict(num_generations=2 if cfg.algorithm == "grpo" else 1,  # others to be measured by
                  prompts_per_step=1, max_completion_length=1, num_iterations=1, max_steps=1, score_tokens=1,
                  save_steps=1, save_total_limit=1, eval_steps=0, eval_limit=1, beta=0, epsilon=0,
@@ -162,8 +205,6 @@ def parse_config(argv=None):
             fail(f"--{flag} {getattr(cfg, flag)}: must be at least {bound}")
     if not cfg.temperature > 0:
         fail(f"--temperature {cfg.temperature}: must be above 0, or a group's completions are all equal")
-    cfg.max_steps = sum(steps for steps, _, _ in stages_of(cfg))
-    return cfg
 
 
 def stages_of(cfg):
@@ -184,9 +225,10 @@ def settings_at(cfg, step):
         step -= steps
 
 
-# ---- Step 1: the prompt ----------------------------------------------------------------------------------
+# ---- Step 1: the question, with its images, in the prompt template ---------------------------------------
 
 IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
+
 
 # The paper's templates, verbatim. The base model's prefills <think> and never mentions <answer>: that the
 # policy comes to write answer blocks is the format reward's doing. (The reference also leaves a literal
@@ -204,18 +246,6 @@ TEMPLATES = {
                 "<answer> </answer> tags.",
     "instruct-direct": "{question}",
 }
-
-
-# The base prompt as a chat template, which checkpoints carry: a server then asks as the policy was trained.
-# It tells no role from another, so that it does not make the model an instruct model.
-SERVED_PROMPT = (
-    "{%- for message in messages -%}"
-    "{%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string "
-    "else message.content -%}{%- set images = parts | selectattr('type', 'equalto', 'image') | list -%}"
-    "{%- for image in images -%}{% if images | length > 1 %}Picture {{ loop.index }}: {% endif %}"
-    + IMAGE_TOKENS + "{%- endfor -%}" + BASE_PROMPT.replace(
-        "{question}", "{% for part in parts if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '' }}")
-    + "{%- endfor -%}")
 
 
 def choose_prompt(tokenizer, prompt="auto"):
@@ -299,21 +329,56 @@ def build_prompt(text, images, tokenizer, image_processor, model):
     return Prompt(text, ids, position_ids, **pixels)
 
 
-# ---- Steps 2 and 5: encode the prompt once, branch into G completions ------------------------------------
+def seeded(*key):
+    """random.Random of `key` alone. Each draw has its own key, (seed, purpose, step, rank), and depends on no
+    draw before it, so that a resumed run has nothing to replay."""
+    return random.Random("/".join(map(str, key)))
 
-def patch_embed_as_matmul(model):
-    """Compute the patch embedding as the matrix product it is: its Conv3d's kernel and stride are the patch.
 
-    Same weights, same checkpoint, but no slow Conv3d backward. Returns the model.
-    """
-    def forward(self, pixels):
-        weight = self.proj.weight.flatten(1)                                                  # (dim, 1176)
-        return nn.functional.linear(pixels.to(weight.dtype), weight)                          # (patches, dim)
+def draw(rows, seed, first, count):
+    """Entries first .. first + count - 1 of an endless walk over `rows`, shuffled anew in each epoch."""
+    walk, n = {}, len(rows)
+    for epoch in range(first // n, (first + count - 1) // n + 1):
+        walk[epoch] = seeded(seed, "epoch", epoch).sample(rows, n)
+    return [walk[i // n][i % n] for i in range(first, first + count)]
 
-    patch_embed = model.model.visual.patch_embed
-    patch_embed.forward = MethodType(forward, patch_embed)  # a method: a deepcopy will use its own weights
-    return model
 
+def upright(picture):
+    """PIL image -> RGB as a viewer shows it: turned as its EXIF tag says, white where it is transparent."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def open_image(image, where, decode=True):
+    """{"bytes", "path"} -> RGB image, or stop and name its row. decode False reads only the header."""
+    try:
+        picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
+        return upright(picture) if decode else picture
+    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error ...
+        fail(f"{where}: its image cannot be read ({error}); remove the row")
+
+
+def draw_batch(run, cfg, step):
+    """This process's share of the step's B questions -> row numbers, rows (dicts), Prompts."""
+    B, rank = cfg.prompts_per_step // run.accelerator.num_processes, run.accelerator.process_index
+    numbers = draw(run.kept, cfg.seed, step * cfg.prompts_per_step + rank * B, B)
+    rows, prompts = [run.data[i] for i in numbers], []
+    for i, row in zip(numbers, rows):
+        images = [open_image(image, f"{run.data_path}, row {i}") for image in row["images"] or []]
+        text = row_text(row, run.template, run.tokenizer)
+        prompts.append(build_prompt(text, images, run.tokenizer, run.image_processor, run.sampler))
+        if cfg.freeze == "vision" and images:  # once per step, for sampler, reference and policy together
+            with torch.no_grad():
+                features = run.sampler.model.get_image_features(prompts[-1].pixel_values,
+                                                                prompts[-1].image_grid_thw)
+            prompts[-1].image_features = torch.cat(features.pooler_output)
+    return numbers, rows, prompts
+
+
+# ---- Step 2: run image and prompt through the model once, and branch off G completions -------------------
 
 def encode_prompt(model, prompt):
     """Image tower and prompt, once -> for each layer (keys, values), each (1, kv_heads, P - 1, head_dim), and
@@ -484,45 +549,31 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
     return Rollout(completion_ids[:, :C], completion_mask, sampling_logps[:, :C], finished)
 
 
-def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature, suppressed):
-    """Log-probabilities and (without gradient) entropy of R completions, each (R, C), 0 where masked.
-
-    All rows attend to the same keys and values of the prompt, expanded and not computed again, and causally
-    to themselves. Positions start at `next_position` in every row, as if it stood alone behind the prompt.
-    Nothing is padded on the left, so no mask is needed; what pads a row on the right comes after all that
-    counts.
-    """
-    R, C = completion_ids.shape
-    inputs = torch.cat([prompt.input_ids[:, -1:].expand(R, 1), completion_ids[:, :-1]], 1)        # (R, C)
-    positions = torch.arange(C, device=inputs.device) + prompt.next_position - 1                  # (C,)
-    cache = Cache(layers=[BranchLayer(*(x.expand(R, -1, -1, -1) for x in kv)) for kv in prompt_kv])
-    hidden = model.model(input_ids=inputs, position_ids=positions.expand(3, R, C),
-                         past_key_values=cache).last_hidden_state                                 # (R, C, H)
-    logps = token_logps(model, hidden[completion_mask], temperature, suppressed)                 # (tokens, V)
-    chosen = logps.gather(-1, completion_ids[completion_mask][:, None])[:, 0]                     # (tokens,)
-    with torch.no_grad():
-        entropy = -logps.exp().mul_(logps).sum(-1)                                                # (tokens,)
-    blank = torch.zeros(R, C, dtype=logps.dtype, device=logps.device)
-    return blank.masked_scatter(completion_mask, chosen), blank.masked_scatter(completion_mask, entropy)
+def draw_completions(run, cfg, step, prompts):
+    """G completions of each prompt by the policy -> Rollout."""
+    generator = torch.Generator(run.accelerator.device)
+    generator.manual_seed(seeded(cfg.seed, "sample", step, run.accelerator.process_index).getrandbits(63))
+    return sample(run.sampler, prompts, cfg.num_generations, cfg.max_completion_length, cfg.temperature,
+                  run.suppressed, run.eos_ids, generator)
 
 
-class Policy(nn.Module):
-    """A model behind one door. FSDP wraps this module and its hooks run in `forward` only, so every forward
-    of the trained weights, encoding or scoring, has to come through here. autocast: compute in bf16."""
-    def __init__(self, model, temperature, suppressed, autocast=False):
-        super().__init__()
-        self.model, self.temperature, self.autocast = model, temperature, autocast
-        self.register_buffer("suppressed", suppressed, persistent=False)
+def given_completions(run, cfg, rows, prompts):
+    """SFT: the data's completions, or else its answers, stand where the samples would -> Rollout."""
+    ids = []
+    for row, prompt in zip(rows, prompts):
+        text = row.get("completion") or row["answer"]
+        if prompt.text.endswith("<think>"):
+            text = text.removeprefix("<think>")
+        ids.append(torch.tensor(run.tokenizer(text).input_ids + run.eos_ids[:1])[:cfg.max_completion_length])
+    lengths = torch.tensor([len(x) for x in ids])
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=run.eos_ids[0])         # (N, C)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    finished = ids[torch.arange(len(ids)), lengths - 1] == run.eos_ids[0]
+    found = (ids, mask, torch.zeros(ids.shape), finished)
+    return Rollout(*(x.to(run.accelerator.device) for x in found))
 
-    def forward(self, prompt, prompt_kv=None, completion_ids=None, completion_mask=None):
-        with torch.autocast(self.suppressed.device.type, torch.bfloat16, enabled=self.autocast):
-            if prompt_kv is None:
-                return encode_prompt(self.model, prompt)
-            return score(self.model, prompt, prompt_kv, completion_ids, completion_mask,
-                         self.temperature, self.suppressed)
 
-
-# ---- Step 3: the rewards, pure functions of the text; evaluation uses the same extractor and grader ------
+# ---- Step 3: the rewards, pure functions of the text -----------------------------------------------------
 
 ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 WELL_FORMED = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
@@ -534,26 +585,18 @@ def completion_text(prompt_text, completion_ids, tokenizer):
     return prefill + tokenizer.decode(completion_ids, skip_special_tokens=True)
 
 
-def extract_answer(text, strict):
-    """The answer in a completion, or None.
+def extract_answer(text):
+    """What is inside the one answer block; None if there is none, or several, or nothing in it.
 
-    strict (training): what is inside the one answer block; None if there is none, or several, or nothing in
-    it.
-    else (evaluation): what is inside the last block, else what follows the last </think>, else the whole
-    text: right in a wrong form counts there. (The paper's code goes from block to whole text; but a chain
-    names choices that it goes on to reject, so where an answer follows it, only that counts.)
+    (Evaluation is more lenient: eval_cvbench.read_answer.)
 
-    >>> extract_answer("<think> two chairs </think> <answer> 2 </answer>", strict=True)
+    >>> extract_answer("<think> two chairs </think> <answer> 2 </answer>")
     '2'
-    >>> extract_answer("it is 2", strict=True), extract_answer("it is 2", strict=False)
-    (None, 'it is 2')
     """
     blocks = ANSWER_BLOCK.findall(text)
-    if strict and (len(blocks) != 1 or text.count("<answer>") != 1 or text.count("</answer>") != 1):
+    if len(blocks) != 1 or text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
-    if blocks or strict:
-        return blocks[-1].strip() or None
-    return text.rpartition("</think>")[2].strip() or text.strip() or None
+    return blocks[0].strip() or None
 
 
 def normalise(text):
@@ -561,69 +604,33 @@ def normalise(text):
     return text.removesuffix(".").strip()
 
 
-NUMBERS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
-                   "fifteen sixteen seventeen eighteen nineteen twenty".split(), map(str, range(21))))
-# how a letter is named in a sentence: (c), or "c) ..." at its start, or "answer is c"; "a" is also an article
-NAMED_LETTER = re.compile(r"\(([a-z])\)|^([a-z])[).:] |\b(?:answer is|answer:|option|choice):? "
-                          r"\(?(?:([b-z])\b|(a)(?=[).,:;]|$))")
-
-
-def choose(answer, options, strict=True):
-    """-> the option that `answer` (from `extract_answer`) chooses by its text or its letter, or None.
+def choose(answer, options):
+    """-> the option that `answer` (from `extract_answer`) is, by its text or its letter, or None.
 
     Case, spaces, a final full stop and brackets around the letter are forgiven; a letter beyond the options
-    chooses nothing, and nothing is found inside other words or numbers. strict (training): that is all.
+    chooses nothing, and nothing is found inside other words or numbers.
 
-    else (evaluation): a sentence chooses if it names exactly one option, by text or letter, or does so after
-    its last "answer is" or "answer:"; where all options are numbers, words count as digits, unless the answer
-    has digits too ("the left one: 3"). What names two options chooses none: the paper's code takes a match
-    anywhere, so that "either left or right" may be right there. A table of cases is in test_grpo.py.
-
-    >>> choose("So it is left.", ["right", "left"]), choose("So it is left.", ["right", "left"], strict=False)
-    (None, 'left')
-    >>> [choose(text, ["2", "3"], strict=False) for text in ("Three.", "The answer is B", "(A) or (B)")]
-    ['3', '3', None]
+    >>> choose("Left.", ["right", "left"]), choose("(b)", ["right", "left"]), choose("5", ["15", "3"])
+    ('left', 'left', None)
     """
     if answer is None:
         return None
-    options = options or []
-    answer, texts = normalise(answer), [normalise(option) for option in options]
-    by_letter = dict(zip("abcdefghijklmnopqrstuvwxyz", options))
+    answer, texts = normalise(answer), [normalise(option) for option in options or []]
     if answer in texts:
         return options[texts.index(answer)]
-    if letter := re.fullmatch(r"\(?([a-z])\)?", answer):
-        return by_letter.get(letter[1])
-    if strict:
-        return None
-    digits = lambda text: re.sub("[a-z]+", lambda word: NUMBERS.get(word[0], word[0]), text)
-    if all(re.fullmatch(r"\d+", digits(text)) for text in texts):
-        texts, answer = list(map(digits, texts)), answer if re.search(r"\d", answer) else digits(answer)
-    by_text = dict(zip(texts, options))
-    conclusion = max((found.start() for found in re.finditer(r"\banswer(?: is\b|:)", answer)), default=0)
-    for part in answer[conclusion:], answer:
-        named = {by_letter.get("".join(groups)) for groups in NAMED_LETTER.findall(part)}
-        for text in sorted(texts, key=len, reverse=True):  # "no, it would not" before "no", which it contains
-            part, found = re.subn(rf"(?<![\w.]){re.escape(text)}(?!\w|\.\d)", " ", part)
-            named |= {by_text[text]} if found else set()
-        if len(named) == 1:
-            return named.pop()
-    return None
+    letter = re.fullmatch(r"\(?([a-z])\)?", answer)
+    return dict(zip("abcdefghijklmnopqrstuvwxyz", options or [])).get(letter[1]) if letter else None
 
 
-def grade(answer, solution, options, strict=True):
-    """Does `answer` choose `solution` out of `options`? See `choose`.
-
-    >>> options = ["right", "left", "15"]
-    >>> grade("Left.", "left", options), grade("(b)", "left", options), grade("5", "15", options)
-    (True, True, False)
-    """
+def grade(answer, solution, options, choose=choose):
+    """Does `answer` choose `solution` out of `options`? Without options it has to be the solution's text."""
     return any(text is not None and normalise(text) == normalise(solution)
-               for text in (answer, choose(answer, options, strict)))
+               for text in (answer, choose(answer, options)))
 
 
 def accuracy_reward(completion, answer, options, **_):
     """1 if the one answer block chooses the right option, else 0. A copied template ("...") chooses none."""
-    return float(grade(extract_answer(completion, strict=True), answer, options))
+    return float(grade(extract_answer(completion), answer, options))
 
 
 def format_reward(completion, **_):
@@ -633,7 +640,7 @@ def format_reward(completion, **_):
     (1.0, 0.0)
     """
     one_think_block = completion.count("<think>") == completion.count("</think>") == 1
-    one_answer_block = extract_answer(completion, strict=True) is not None
+    one_answer_block = extract_answer(completion) is not None
     return float(one_think_block and one_answer_block and bool(WELL_FORMED.fullmatch(completion)))
 
 
@@ -676,7 +683,7 @@ def compute_rewards(names, texts, lengths, rows):
     return rewards
 
 
-# ---- Step 4: the advantages ------------------------------------------------------------------------------
+# ---- Step 4: the advantages, each completion against its own group ---------------------------------------
 
 def group_advantages(rewards, num_generations, scale_rewards=True):
     """(N,) rewards, prompt-major -> (N,) advantages A = (R - mean) / (std + 1e-4) per group; unbiased std.
@@ -693,7 +700,85 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
     return torch.where(has_spread, A, 0.0).view(-1)                                               # (N,)
 
 
-# ---- Step 6: the loss and the update ---------------------------------------------------------------------
+# ---- Step 5: the log-probability of each completion token ------------------------------------------------
+
+def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature, suppressed):
+    """Log-probabilities and (without gradient) entropy of R completions, each (R, C), 0 where masked.
+
+    All rows attend to the same keys and values of the prompt, expanded and not computed again, and causally
+    to themselves. Positions start at `next_position` in every row, as if it stood alone behind the prompt.
+    Nothing is padded on the left, so no mask is needed; what pads a row on the right comes after all that
+    counts.
+    """
+    R, C = completion_ids.shape
+    inputs = torch.cat([prompt.input_ids[:, -1:].expand(R, 1), completion_ids[:, :-1]], 1)        # (R, C)
+    positions = torch.arange(C, device=inputs.device) + prompt.next_position - 1                  # (C,)
+    cache = Cache(layers=[BranchLayer(*(x.expand(R, -1, -1, -1) for x in kv)) for kv in prompt_kv])
+    hidden = model.model(input_ids=inputs, position_ids=positions.expand(3, R, C),
+                         past_key_values=cache).last_hidden_state                                 # (R, C, H)
+    logps = token_logps(model, hidden[completion_mask], temperature, suppressed)                 # (tokens, V)
+    chosen = logps.gather(-1, completion_ids[completion_mask][:, None])[:, 0]                     # (tokens,)
+    with torch.no_grad():
+        entropy = -logps.exp().mul_(logps).sum(-1)                                                # (tokens,)
+    blank = torch.zeros(R, C, dtype=logps.dtype, device=logps.device)
+    return blank.masked_scatter(completion_mask, chosen), blank.masked_scatter(completion_mask, entropy)
+
+
+class Policy(nn.Module):
+    """A model behind one door. FSDP wraps this module and its hooks run in `forward` only, so every forward
+    of the trained weights, encoding or scoring, has to come through here. autocast: compute in bf16."""
+    def __init__(self, model, temperature, suppressed, autocast=False):
+        super().__init__()
+        self.model, self.temperature, self.autocast = model, temperature, autocast
+        self.register_buffer("suppressed", suppressed, persistent=False)
+
+    def forward(self, prompt, prompt_kv=None, completion_ids=None, completion_mask=None):
+        with torch.autocast(self.suppressed.device.type, torch.bfloat16, enabled=self.autocast):
+            if prompt_kv is None:
+                return encode_prompt(self.model, prompt)
+            return score(self.model, prompt, prompt_kv, completion_ids, completion_mask,
+                         self.temperature, self.suppressed)
+
+
+def chunks(lengths, score_tokens):
+    """Lengths of rows -> lists of row numbers, short rows first, with rows * longest <= score_tokens in each.
+
+    Rows of like length waste little on padding; a row longer than the budget is a list of its own.
+
+    >>> chunks([5, 2, 9, 3], score_tokens=8)
+    [[1, 3], [0], [2]]
+    """
+    result = []
+    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        if result and (len(result[-1]) + 1) * lengths[row] <= score_tokens:
+            result[-1].append(row)
+        else:
+            result.append([row])
+    return result
+
+
+def group_chunks(rollout, group, cfg):
+    """One group's rows, chunk by chunk: row numbers (R,), completion_ids (R, C), completion_mask (R, C)."""
+    first = group * cfg.num_generations
+    lengths = rollout.completion_mask[first:first + cfg.num_generations].sum(1).tolist()
+    for chunk in chunks(lengths, cfg.score_tokens):
+        rows = torch.tensor(chunk, device=rollout.completion_ids.device) + first
+        C = max(lengths[i] for i in chunk)
+        yield rows, rollout.completion_ids[rows, :C], rollout.completion_mask[rows, :C]
+
+
+@torch.no_grad()
+def score_rollout(policy, prompts, rollout, cfg):
+    """(N, C) log-probabilities of the rollout, without gradient: what the reference model makes of it."""
+    per_token_logps = torch.zeros_like(rollout.sampling_logps)
+    for group, prompt in enumerate(prompts):
+        prompt_kv, _ = policy(prompt)
+        for rows, ids, mask in group_chunks(rollout, group, cfg):
+            per_token_logps[rows, :ids.shape[1]] = policy(prompt, prompt_kv, ids, mask)[0]
+    return per_token_logps
+
+
+# ---- Step 6: the loss, and its gradient ------------------------------------------------------------------
 
 # What a token counts in the loss of a step, for each row (N,), from the rows' lengths (N,) and their limit.
 LOSS_TYPES = {
@@ -743,50 +828,12 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     return (per_row * token_weights).sum(), kl.detach(), clipped * A < ratio * A
 
 
-def chunks(lengths, score_tokens):
-    """Lengths of rows -> lists of row numbers, short rows first, with rows * longest <= score_tokens in each.
-
-    Rows of like length waste little on padding; a row longer than the budget is a list of its own.
-
-    >>> chunks([5, 2, 9, 3], score_tokens=8)
-    [[1, 3], [0], [2]]
-    """
-    result = []
-    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if result and (len(result[-1]) + 1) * lengths[row] <= score_tokens:
-            result[-1].append(row)
-        else:
-            result.append([row])
-    return result
-
-
-def group_chunks(rollout, group, cfg):
-    """One group's rows, chunk by chunk: row numbers (R,), completion_ids (R, C), completion_mask (R, C)."""
-    first = group * cfg.num_generations
-    lengths = rollout.completion_mask[first:first + cfg.num_generations].sum(1).tolist()
-    for chunk in chunks(lengths, cfg.score_tokens):
-        rows = torch.tensor(chunk, device=rollout.completion_ids.device) + first
-        C = max(lengths[i] for i in chunk)
-        yield rows, rollout.completion_ids[rows, :C], rollout.completion_mask[rows, :C]
-
-
 def pad_chunks(found, num_processes):
     """The chunks of a group, and as many empty ones as make every process run the model equally often: with
     sharded weights each forward is a meeting of all, and whoever stays away leaves the others waiting."""
     most = max(gather_object([len(found)])) if num_processes > 1 else len(found)
     rows, ids, mask = found[0]
     return found + [(rows[:1], ids[:1, :1], torch.zeros_like(mask[:1, :1]))] * (most - len(found))
-
-
-@torch.no_grad()
-def score_rollout(policy, prompts, rollout, cfg):
-    """(N, C) log-probabilities of the rollout, without gradient: what the reference model makes of it."""
-    per_token_logps = torch.zeros_like(rollout.sampling_logps)
-    for group, prompt in enumerate(prompts):
-        prompt_kv, _ = policy(prompt)
-        for rows, ids, mask in group_chunks(rollout, group, cfg):
-            per_token_logps[rows, :ids.shape[1]] = policy(prompt, prompt_kv, ids, mask)[0]
-    return per_token_logps
 
 
 def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_logps, old_per_token_logps, cfg,
@@ -832,7 +879,92 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
     return per_token_logps, sums
 
 
-# ---- Around the algorithm: model, data, files ------------------------------------------------------------
+def optimise(run, cfg, step, prompts, rollout, advantages, ref_logps):
+    """num_iterations updates of the weights -> sums over tokens to log, of the last one, and the norm of its
+    gradient before clipping. Where that is not finite, the weights stay as they are."""
+    accelerator = run.accelerator
+    lengths = rollout.completion_mask.sum(1)                                                      # (N,)
+    everyones = weigh_tokens(accelerator.gather(lengths), accelerator.gather(rollout.finished), cfg)
+    token_weights = everyones.chunk(accelerator.num_processes)[accelerator.process_index].float() # (N,)
+    learning_rate = cfg.learning_rate * (1 - step / cfg.max_steps)
+    run.optimizer.param_groups[0].update(lr=learning_rate, weight_decay=cfg.weight_decay)
+    old_logps = None  # in the first update pi_old is pi itself
+    for _ in range(cfg.num_iterations):
+        logps, sums = update(run.policy, prompts, rollout, advantages, token_weights, ref_logps, old_logps,
+                             cfg, accelerator.num_processes)
+        old_logps = logps if old_logps is None else old_logps                                     # (N, C)
+        norm = accelerator.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm or math.inf)
+        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        if math.isfinite(grad_norm):
+            run.optimizer.step()
+        run.optimizer.zero_grad()
+    sums["nll"] = -old_logps.sum().item()
+    sums["mismatch"] = ((old_logps - rollout.sampling_logps) * rollout.completion_mask).abs().max().item()
+    return sums, grad_norm
+
+
+# ---- The six steps put together --------------------------------------------------------------------------
+
+def train_step(run, cfg, step):
+    """The recipe, once -> metrics, and the step's completions (of all processes) to be logged."""
+    G, sft, clock = cfg.num_generations, cfg.algorithm == "sft", [time.perf_counter()]
+    # 1. B questions and their images, in the prompt template
+    numbers, rows, prompts = draw_batch(run, cfg, step)
+    # 2. G completions of each; in SFT the data's own
+    rollout = given_completions(run, cfg, rows, prompts) if sft else draw_completions(run, cfg, step, prompts)
+    texts = [completion_text(prompts[i // G].text, ids[mask], run.tokenizer)
+             for i, (ids, mask) in enumerate(zip(rollout.completion_ids, rollout.completion_mask))]
+    lengths = rollout.completion_mask.sum(1).tolist()
+    clock.append(time.perf_counter())
+    # 3. their rewards
+    rows_of_texts = [row for row in rows for _ in range(G)]
+    rewards = {} if sft else compute_rewards(cfg.rewards.split(","), texts, lengths, rows_of_texts)
+    reward = sum(rewards.values(), torch.zeros(len(texts))).to(run.accelerator.device)            # (N,)
+    # 4. their advantages; a given completion is simply good
+    advantages = group_advantages(reward, G, cfg.scale_rewards) if not sft else torch.ones_like(reward) # (N,)
+    # 5. the frozen start's log-probabilities; the policy's own come with the update
+    ref_logps = score_rollout(run.reference, prompts, rollout, cfg) if cfg.beta > 0 else None     # (N, C)
+    clock.append(time.perf_counter())
+    # 6. the update, and the sampler follows the policy
+    sums, grad_norm = optimise(run, cfg, step, prompts, rollout, advantages, ref_logps)
+    refresh(run.sampler, run.policy)
+    clock.append(time.perf_counter())
+
+    samples = gather_object([
+        {"step": step + 1, "row": numbers[i // G], "prompt": prompts[i // G].text, "completion": text,
+         "answer": rows[i // G]["answer"], "length": lengths[i], "finished": bool(rollout.finished[i]),
+         **{f"rewards/{name}": r[i].item() for name, r in rewards.items()},
+         "reward": reward[i].item(), "advantage": advantages[i].item()} for i, text in enumerate(texts)])
+    metrics = summarise(samples, gather_object([sums]), cfg)
+    metrics |= {"grad_norm": grad_norm, "learning_rate": run.optimizer.param_groups[0]["lr"]}
+    for phase, begin, end in zip(("rollout", "reference", "update"), clock, clock[1:]):
+        metrics[f"seconds/{phase}"] = end - begin
+    return metrics, samples
+
+
+def summarise(samples, sums, cfg):
+    """A step's completions (records) and each process's sums over their tokens -> metrics."""
+    average = lambda name: statistics.mean(sample[name] for sample in samples)
+    total = lambda name: sum(part[name] for part in sums)
+    groups = list(zip(*[iter(sample["reward"] for sample in samples)] * cfg.num_generations))
+    tokens = sum(sample["length"] for sample in samples)
+    metrics = {
+        "step": samples[0]["step"], "loss": total("loss"), "reward": average("reward"),
+        "reward_std": statistics.mean(statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups),
+        **{name: average(name) for name in samples[0] if name.startswith("rewards/")},
+        "completions/mean_length": tokens / len(samples),
+        "completions/clipped_ratio": 1 - average("finished"),
+        "frac_reward_zero_std": statistics.mean(max(group) == min(group) for group in groups),
+        "kl": total("kl") / tokens, "entropy": total("entropy") / tokens,
+        "clip_ratio": total("clip") / tokens,
+        "sampler_mismatch": max(part["mismatch"] for part in sums)}
+    if cfg.algorithm == "sft":
+        del metrics["sampler_mismatch"]  # nothing was sampled
+        metrics["nll"] = total("nll") / tokens
+    return metrics
+
+
+# ---- Around the algorithm: the model, the files ----------------------------------------------------------
 
 def load_model(path, attn_implementation="sdpa", dtype=torch.float32):
     """Folder or hub id -> Qwen2-VL, without dropout. float32 is said aloud: the published files load as bf16,
@@ -845,6 +977,20 @@ def load_model(path, attn_implementation="sdpa", dtype=torch.float32):
     if report["missing_keys"]:
         fail(f"{path} is not a whole Qwen2-VL model: its files lack {sorted(report['missing_keys'])[0]}")
     return patch_embed_as_matmul(model).eval()
+
+
+def patch_embed_as_matmul(model):
+    """Compute the patch embedding as the matrix product it is: its Conv3d's kernel and stride are the patch.
+
+    Same weights, same checkpoint, but no slow Conv3d backward. Returns the model.
+    """
+    def forward(self, pixels):
+        weight = self.proj.weight.flatten(1)                                                  # (dim, 1176)
+        return nn.functional.linear(pixels.to(weight.dtype), weight)                          # (patches, dim)
+
+    patch_embed = model.model.visual.patch_embed
+    patch_embed.forward = MethodType(forward, patch_embed)  # a method: a deepcopy will use its own weights
+    return model
 
 
 def load_processors(path, min_pixels=None, max_pixels=None):
@@ -878,74 +1024,6 @@ def end_tokens(tokenizer):
     return list(dict.fromkeys([tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(qwen)]))
 
 
-def upright(picture):
-    """PIL image -> RGB as a viewer shows it: turned as its EXIF tag says, white where it is transparent."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def open_image(image, where, decode=True):
-    """{"bytes", "path"} -> RGB image, or stop and name its row. decode False reads only the header."""
-    try:
-        picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
-        return upright(picture) if decode else picture
-    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error ...
-        fail(f"{where}: its image cannot be read ({error}); remove the row")
-
-
-def load_data(cfg, template, tokenizer, image_processor, num_processes=1):
-    """-> `datasets` table, its path, and the numbers of the rows whose prompt fits max_prompt_length."""
-    import datasets
-    datasets.disable_progress_bars()
-    path = Path(cfg.data) / "train.parquet" if Path(cfg.data).is_dir() else Path(cfg.data)
-    if not path.exists():
-        fail(f"--data {path} does not exist; `python prepare_sat.py` makes data/sat, and with --toy data/toy")
-    try:
-        data = datasets.Dataset.from_parquet(str(path))
-    except Exception as error:  # whatever pyarrow and datasets raise on a file that is no Parquet file
-        fail(f"--data {path} is not a Parquet file that can be read: {str(error).strip().splitlines()[0]}")
-    if missing := sorted({"images", "question", "options", "answer"} - set(data.column_names)):
-        fail(f"--data {path} has no column {missing[0]!r} ({', '.join(data.column_names)})")
-    data = data.cast_column("images", datasets.List(datasets.Image(decode=False)))
-
-    def prompt_length(number, row):
-        if not (row["question"] and row["answer"] and row["answer"] in (row["options"] or [row["answer"]])):
-            fail(f"{path}, row {number}: question or answer is empty, or the answer is not an option")
-        if num_processes > 1 and not row["images"]:
-            fail(f"{path}, row {number} has no image, which only one process can train on: the processes "
-                 "share the image tower's work, and all have to take part")
-        sizes = [open_image(image, f"{path}, row {number}", decode=False).size
-                 for image in row["images"] or []]
-        tokens = [image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
-                  for width, height in sizes]
-        return len(tokenizer(expand_images(row_text(row, template, tokenizer), tokens)).input_ids)
-
-    kept = [i for i, row in enumerate(tqdm(data, desc="measuring prompts", leave=False))
-            if prompt_length(i, row) <= cfg.max_prompt_length]
-    if len(kept) < len(data):
-        print(f"dropped {len(data) - len(kept)} of {len(data)} rows: prompts over {cfg.max_prompt_length}")
-    if not kept:
-        fail(f"--max_prompt_length {cfg.max_prompt_length}: every prompt of {path} is longer; raise it")
-    return data, path, kept
-
-
-def seeded(*key):
-    """random.Random of `key` alone. Each draw has its own key, (seed, purpose, step, rank), and depends on no
-    draw before it, so that a resumed run has nothing to replay."""
-    return random.Random("/".join(map(str, key)))
-
-
-def draw(rows, seed, first, count):
-    """Entries first .. first + count - 1 of an endless walk over `rows`, shuffled anew in each epoch."""
-    walk, n = {}, len(rows)
-    for epoch in range(first // n, (first + count - 1) // n + 1):
-        walk[epoch] = seeded(seed, "epoch", epoch).sample(rows, n)
-    return [walk[i // n][i % n] for i in range(first, first + count)]
-
-
 def choose_output_dir(cfg):
     """-> Path. A folder named by hand must be new, unless --overwrite or --resume says what to do with it."""
     path, n = Path(cfg.output_dir or f"runs/{cfg.preset}"), 1
@@ -964,27 +1042,6 @@ def checkpoints(output_dir):
     """-> its complete checkpoint-N folders, oldest first; `save_model` gives them the name when they are."""
     found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[11:]))
-
-
-def append_jsonl(path, records):
-    try:
-        with open(path, "a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
-    except OSError as error:
-        fail(f"{path} cannot be written ({error}); make room, then --resume from the last checkpoint")
-
-
-def cut_jsonl(path, step):
-    """Drop what came after `step`, and a line that a killed run left half: a resumed run writes it again."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    write_whole(path, "".join(x for x in lines if x.endswith("\n") and json.loads(x)["step"] <= step))
-
-
-def write_whole(path, text):
-    """The file has the text, or is as it was, whenever the program is killed."""
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    partial.replace(path)
 
 
 # ---- One process or many ---------------------------------------------------------------------------------
@@ -1026,40 +1083,51 @@ def refresh(sampler, policy):
             copy.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
 
 
+def write_model(folder, run, with_state):
+    """A plain model directory, and in state/ what resuming needs beside it. All processes take part."""
+    main, alone = run.accelerator.is_main_process, run.accelerator.num_processes == 1
+    if main:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+    run.accelerator.wait_for_everyone()
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(run.policy, options=options)  # whole, on the main process
+    if main:
+        weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+        if run.policy.model.config.tie_word_embeddings:
+            del weights["lm_head.weight"]  # the same as the embedding, which is saved once
+        run.policy.model.save_pretrained(folder, state_dict=weights)
+        run.tokenizer.save_pretrained(folder)
+        run.image_processor.save_pretrained(folder)
+    if with_state:
+        state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
+        distributed_checkpoint.save(state, checkpoint_id=folder / "state", no_dist=alone)
+
+
 def save_model(folder, run, with_state=False):
-    """A plain model directory, and in state/ what resuming needs beside it. All processes take part. The
-    folder gets its name only when it is complete."""
-    temporary, main = folder.with_name(folder.name + ".tmp"), run.accelerator.is_main_process
-    alone = run.accelerator.num_processes == 1
+    """`write_model`, whole or not at all: the folder gets its name only when it is complete."""
+    temporary = folder.with_name(folder.name + ".tmp")
     try:
-        if main:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        run.accelerator.wait_for_everyone()
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(run.policy, options=options)  # whole, on the main process
-        if main:
-            weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
-            if run.policy.model.config.tie_word_embeddings:
-                del weights["lm_head.weight"]  # the same as the embedding, which is saved once
-            run.policy.model.save_pretrained(temporary, state_dict=weights)
-            run.tokenizer.save_pretrained(temporary)
-            run.image_processor.save_pretrained(temporary)
-        if with_state:
-            state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
-            distributed_checkpoint.save(state, checkpoint_id=temporary / "state", no_dist=alone)
+        write_model(temporary, run, with_state)
     # a full disk comes as OSError, SafetensorError, or CheckpointException, which is no Exception
     except (Exception, distributed_checkpoint.api.CheckpointException) as error:
         free = shutil.disk_usage(run.output_dir).free / 2**20  # torch's own reason can be a riddle
         shutil.rmtree(temporary, ignore_errors=True)
-        reason = f"{str(error).strip().splitlines()[-1]}; {free:.0f} MiB free on the disk"
         last = (checkpoints(run.output_dir) or ["no checkpoint yet"])[-1]
+        reason = f"{str(error).strip().splitlines()[-1]}; {free:.0f} MiB free on the disk"
         fail(f"{folder} could not be saved ({reason}); what was there before is whole ({last}): make room, "
              f"then go on with --resume --output_dir {run.output_dir}")
     run.accelerator.wait_for_everyone()
-    if main:
+    if run.accelerator.is_main_process:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+
+
+def save_checkpoint(run, step):
+    save_model(run.output_dir / f"checkpoint-{step}", run, with_state=True)
+    if run.cfg.save_total_limit and run.accelerator.is_main_process:
+        for old in checkpoints(run.output_dir)[:-run.cfg.save_total_limit]:
+            shutil.rmtree(old)
 
 
 def load_optimizer(folder, run):
@@ -1070,31 +1138,16 @@ def load_optimizer(folder, run):
     set_optimizer_state_dict(run.policy, run.optimizer, state["optimizer"])
 
 
-def setup(cfg):
-    """-> all that a run works with, in one namespace (see its end), and the number of steps already done."""
-    import eval_cvbench
-    accelerator = make_accelerator(cfg)
-    rank, device = accelerator.process_index, accelerator.device
-    bf16, single = accelerator.mixed_precision == "bf16", accelerator.num_processes == 1
-    output_dir, = broadcast_object_list([choose_output_dir(cfg) if rank == 0 else None])
-    if cfg.data == Config.data and not Path(cfg.data).exists() and rank == 0:
-        import prepare_sat  # draws the toy world and trains its base model: some minutes, once
-        prepare_sat.make_toy(cfg.data)
-    accelerator.wait_for_everyone()
+# ---- A run -----------------------------------------------------------------------------------------------
 
-    last = checkpoints(output_dir)[-1:] if cfg.resume else []
-    start, done = (last[0], int(last[0].name[11:])) if last else (cfg.model_name_or_path, 0)
-    tokenizer, image_processor = load_processors(start, cfg.min_pixels, cfg.max_pixels)
-    template = choose_prompt(tokenizer, cfg.prompt)
-    data, data_path, kept = load_data(cfg, template, tokenizer, image_processor, accelerator.num_processes)
-    if template == "base":
-        tokenizer.chat_template = SERVED_PROMPT
-    if cfg.algorithm == "sft" and "completion" not in data.column_names:
-        template += "-direct"  # nothing but the answer to learn
-    eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
+def build_models(cfg, start, accelerator, tokenizer):
+    """Folder or hub id `start` -> policy, sampler, reference (or None), optimizer, suppressed (V,).
 
-    # up to three copies of the weights: the policy's in float32, because in bf16 an update of 1e-6 would be
-    # rounded away; plain ones for sampler and reference, in bf16 on a GPU. Alone on a CPU, the policy samples
+    Up to three copies of the weights: the policy's in float32, because in bf16 an update of 1e-6 would be
+    rounded away; plain ones for sampler and reference, in bf16 on a GPU. Alone on a CPU, the policy samples.
+    """
+    device, single = accelerator.device, accelerator.num_processes == 1
+    bf16 = accelerator.mixed_precision == "bf16"
     model = load_model(start, cfg.attn_implementation).to(device)
     set_threads(model)
     suppressed = suppressed_tokens(model, tokenizer)                                              # (V,)
@@ -1103,9 +1156,10 @@ def setup(cfg):
     towers = dict(vision=[model.model.visual], llm=[model.model.language_model, model.lm_head])
     for tower in towers.get(cfg.freeze, []):
         tower.requires_grad_(False)
-    plain = lambda path: load_model(path, dtype=torch.bfloat16 if bf16 else torch.float32).to(device)
-    sampler = model if single and not bf16 else plain(start).requires_grad_(False)
-    reference = plain(cfg.model_name_or_path).requires_grad_(False) if cfg.beta > 0 else None
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    plain = lambda path: load_model(path, dtype=dtype).to(device).requires_grad_(False)
+    sampler = model if single and not bf16 else plain(start)
+    reference = Policy(plain(cfg.model_name_or_path), cfg.temperature, suppressed) if cfg.beta > 0 else None
     policy = Policy(model, cfg.temperature, suppressed, autocast=single and bf16)
     optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
                                   lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
@@ -1115,146 +1169,51 @@ def setup(cfg):
         if not all(isinstance(weight, DTensor) for weight in policy.parameters()):
             fail("several processes, but the weights are not sharded; install the accelerate of "
                  "requirements.txt")
+    return policy, sampler, reference, optimizer, suppressed
 
+
+def setup(cfg):
+    """-> all that a run works with, in one namespace (see its end), and the number of steps already done."""
+    import eval_cvbench
+    import prepare_sat
+    accelerator = make_accelerator(cfg)
+    is_main, count = accelerator.is_main_process, accelerator.num_processes
+    output_dir, = broadcast_object_list([choose_output_dir(cfg) if is_main else None])
+    if cfg.data == Config.data and not Path(cfg.data).exists() and is_main:
+        prepare_sat.make_toy(cfg.data)  # draws the toy world and trains its base model: some minutes, once
+    accelerator.wait_for_everyone()
+
+    last = checkpoints(output_dir)[-1:] if cfg.resume else []
+    start, done = (last[0], int(last[0].name[11:])) if last else (cfg.model_name_or_path, 0)
+    tokenizer, image_processor = load_processors(start, cfg.min_pixels, cfg.max_pixels)
+    template = choose_prompt(tokenizer, cfg.prompt)
+    if template == "base":
+        tokenizer.chat_template = eval_cvbench.SERVED_PROMPT
+    data_path, data = prepare_sat.load_rows(cfg.data)
+    if cfg.algorithm == "sft" and "completion" not in data.column_names:
+        template += "-direct"  # nothing but the answer to learn
+    kept = prepare_sat.rows_that_fit(data, data_path, template, tokenizer, image_processor,
+                                     cfg.max_prompt_length, need_image=count > 1)
+    eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
+    policy, sampler, reference, optimizer, suppressed = build_models(cfg, start, accelerator, tokenizer)
     run = SimpleNamespace(
         cfg=cfg, accelerator=accelerator, output_dir=output_dir, tokenizer=tokenizer,
         image_processor=image_processor, template=template, data=data, data_path=data_path, kept=kept,
-        policy=policy, sampler=sampler, optimizer=optimizer, suppressed=suppressed,
-        reference=reference and Policy(reference, cfg.temperature, suppressed),
+        policy=policy, sampler=sampler, reference=reference, optimizer=optimizer, suppressed=suppressed,
         eos_ids=end_tokens(tokenizer), eval_sets=eval_sets)
-    if rank == 0:
-        if cfg.overwrite and not cfg.resume:
-            shutil.rmtree(output_dir, ignore_errors=True)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_whole(output_dir / "config.json", json.dumps(dataclasses.asdict(cfg), indent=2))
-        for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):
-            cut_jsonl(output_dir / name, done or -1)  # the evaluation before the first step is step 0
+    if is_main:
+        eval_cvbench.open_logs(cfg, output_dir, done)
     if done:
         load_optimizer(start, run)
     accelerator.project_configuration.set_directories(str(output_dir))
     accelerator.init_trackers("grpo_vision", config=dataclasses.asdict(cfg))
     accelerator.print(
         f"{output_dir}: {sum(x.numel() for x in sampler.parameters()) / 1e6:.1f}M parameters, {len(kept)} "
-        f"questions, prompt: {template}, steps {done + 1} to {cfg.max_steps}\n{accelerator.num_processes} x "
-        f"{device.type}, {'no wrapper' if single else 'FSDP2'}, weights float32, computing in "
-        f"{'bf16' if bf16 else 'float32'}, attention: {cfg.attn_implementation}")
+        f"questions, prompt: {template}, steps {done + 1} to {cfg.max_steps}\n{count} x "
+        f"{accelerator.device.type}, {'FSDP2' if count > 1 else 'no wrapper'}, weights float32, computing in "
+        f"{'bf16' if accelerator.mixed_precision == 'bf16' else 'float32'}, attention: "
+        f"{cfg.attn_implementation}")
     return run, done
-
-
-# ---- The main loop ---------------------------------------------------------------------------------------
-
-def draw_batch(run, cfg, step):
-    """This process's share of the step's B questions -> row numbers, rows (dicts), Prompts."""
-    B, rank = cfg.prompts_per_step // run.accelerator.num_processes, run.accelerator.process_index
-    numbers = draw(run.kept, cfg.seed, step * cfg.prompts_per_step + rank * B, B)
-    rows, prompts = [run.data[i] for i in numbers], []
-    for i, row in zip(numbers, rows):
-        images = [open_image(image, f"{run.data_path}, row {i}") for image in row["images"] or []]
-        text = row_text(row, run.template, run.tokenizer)
-        prompts.append(build_prompt(text, images, run.tokenizer, run.image_processor, run.sampler))
-        if cfg.freeze == "vision" and images:  # once per step, for sampler, reference and policy together
-            with torch.no_grad():
-                features = run.sampler.model.get_image_features(prompts[-1].pixel_values,
-                                                                prompts[-1].image_grid_thw)
-            prompts[-1].image_features = torch.cat(features.pooler_output)
-    return numbers, rows, prompts
-
-
-def given_completions(run, cfg, rows, prompts):
-    """SFT: the data's completions, or else its answers, stand where the samples would -> Rollout."""
-    ids = []
-    for row, prompt in zip(rows, prompts):
-        text = row.get("completion") or row["answer"]
-        if prompt.text.endswith("<think>"):
-            text = text.removeprefix("<think>")
-        ids.append(torch.tensor(run.tokenizer(text).input_ids + run.eos_ids[:1])[:cfg.max_completion_length])
-    lengths = torch.tensor([len(x) for x in ids])
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=run.eos_ids[0])         # (N, C)
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    finished = ids[torch.arange(len(ids)), lengths - 1] == run.eos_ids[0]
-    found = (ids, mask, torch.zeros(ids.shape), finished)
-    return Rollout(*(x.to(run.accelerator.device) for x in found))
-
-
-def train_step(run, cfg, step):
-    """The recipe, once -> metrics, and the step's completions (of all processes) to be logged."""
-    accelerator, G, clock = run.accelerator, cfg.num_generations, [time.perf_counter()]
-    # 1. B questions and their images, in the prompt template
-    numbers, rows, prompts = draw_batch(run, cfg, step)
-    # 2. G completions of each
-    if cfg.algorithm == "sft":
-        rollout = given_completions(run, cfg, rows, prompts)
-    else:
-        generator = torch.Generator(accelerator.device)
-        generator.manual_seed(seeded(cfg.seed, "sample", step, accelerator.process_index).getrandbits(63))
-        rollout = sample(run.sampler, prompts, G, cfg.max_completion_length, cfg.temperature, run.suppressed,
-                         run.eos_ids, generator)
-    lengths = rollout.completion_mask.sum(1)                                                      # (N,)
-    texts = [completion_text(prompts[i // G].text, ids[mask], run.tokenizer)
-             for i, (ids, mask) in enumerate(zip(rollout.completion_ids, rollout.completion_mask))]
-    clock.append(time.perf_counter())
-    # 3. their rewards
-    names = cfg.rewards.split(",") if cfg.algorithm == "grpo" else []
-    rewards = compute_rewards(names, texts, lengths.tolist(), [row for row in rows for _ in range(G)])
-    reward = sum(rewards.values(), torch.zeros(len(texts))).to(accelerator.device)                # (N,)
-    # 4. their advantages; a given completion is simply good
-    advantages = (group_advantages(reward, G, cfg.scale_rewards) if cfg.algorithm == "grpo"
-                  else torch.ones_like(reward))                                                   # (N,)
-    # 5. the frozen start's log-probabilities; the policy's own come with the update
-    ref_logps = score_rollout(run.reference, prompts, rollout, cfg) if cfg.beta > 0 else None     # (N, C)
-    clock.append(time.perf_counter())
-    # 6. the update
-    everyones = weigh_tokens(accelerator.gather(lengths), accelerator.gather(rollout.finished), cfg)
-    token_weights = everyones.chunk(accelerator.num_processes)[accelerator.process_index].float() # (N,)
-    learning_rate = cfg.learning_rate * (1 - step / cfg.max_steps)
-    run.optimizer.param_groups[0].update(lr=learning_rate, weight_decay=cfg.weight_decay)
-    old_logps = None
-    for _ in range(cfg.num_iterations):
-        logps, sums = update(run.policy, prompts, rollout, advantages, token_weights, ref_logps, old_logps,
-                             cfg, accelerator.num_processes)
-        old_logps = logps if old_logps is None else old_logps                                     # (N, C)
-        norm = accelerator.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm or math.inf)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if math.isfinite(grad_norm):
-            run.optimizer.step()
-        run.optimizer.zero_grad()
-    refresh(run.sampler, run.policy)
-    clock.append(time.perf_counter())
-
-    sums["nll"] = -old_logps.sum().item()
-    sums["mismatch"] = ((old_logps - rollout.sampling_logps) * rollout.completion_mask).abs().max().item()
-    samples = [{"step": step + 1, "row": numbers[i // G], "prompt": prompts[i // G].text, "completion": text,
-                "answer": rows[i // G]["answer"], "length": int(lengths[i]),
-                "finished": bool(rollout.finished[i]),
-                **{f"rewards/{name}": r[i].item() for name, r in rewards.items()},
-                "reward": reward[i].item(), "advantage": advantages[i].item()}
-               for i, text in enumerate(texts)]
-    samples, sums = gather_object(samples), gather_object([sums])
-    return {**summarise(samples, sums, cfg), "grad_norm": grad_norm, "learning_rate": learning_rate,
-            **{f"seconds/{phase}": end - begin for phase, begin, end in
-               zip(("rollout", "reference", "update"), clock, clock[1:])}}, samples
-
-
-def summarise(samples, sums, cfg):
-    """A step's completions (records) and each process's sums over their tokens -> metrics."""
-    average = lambda name: statistics.mean(sample[name] for sample in samples)
-    total = lambda name: sum(part[name] for part in sums)
-    groups = list(zip(*[iter(sample["reward"] for sample in samples)] * cfg.num_generations))
-    tokens = sum(sample["length"] for sample in samples)
-    metrics = {
-        "step": samples[0]["step"], "loss": total("loss"), "reward": average("reward"),
-        "reward_std": statistics.mean(statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups),
-        **{name: average(name) for name in samples[0] if name.startswith("rewards/")},
-        "completions/mean_length": tokens / len(samples),
-        "completions/clipped_ratio": 1 - average("finished"),
-        "frac_reward_zero_std": statistics.mean(max(group) == min(group) for group in groups),
-        "kl": total("kl") / tokens, "entropy": total("entropy") / tokens,
-        "clip_ratio": total("clip") / tokens,
-        "sampler_mismatch": max(part["mismatch"] for part in sums)}
-    if cfg.algorithm == "sft":
-        del metrics["sampler_mismatch"]  # nothing was sampled
-        metrics["nll"] = total("nll") / tokens
-    return metrics
 
 
 def main(argv=None):
@@ -1263,44 +1222,30 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, and meant so
     run, done = setup(parse_config(argv))
-    cfg, folder, is_main = run.cfg, run.output_dir, run.accelerator.is_main_process
+    cfg = run.cfg
     if cfg.eval_steps and not done:
         eval_cvbench.track(run, 0)
     stop_asked = []  # Ctrl-C and SIGTERM let the step end and save; a second one ends the program
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop_asked.append(1), signal.signal(number, signal.SIG_DFL)))
 
-    progress = tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
-                    disable=not is_main)
-    for step in progress:
+    for step in tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
+                     disable=not run.accelerator.is_main_process):
         metrics, samples = train_step(run, settings_at(cfg, step), step)
-        if not math.isfinite(metrics["grad_norm"]):
-            append_jsonl(folder / "bad_batch.jsonl", samples if is_main else [])
-            fail(f"step {step + 1}: gradient norm {metrics['grad_norm']}; lower --learning_rate and --resume "
-                 f"from the last checkpoint; the batch is in {folder}/bad_batch.jsonl")
-        if is_main:
-            append_jsonl(folder / "metrics.jsonl", [metrics])
-            append_jsonl(folder / "completions.jsonl", samples)
-            progress.write(eval_cvbench.live_line(metrics))
-        run.accelerator.log(metrics, step=step + 1)
+        eval_cvbench.log_step(run, metrics, samples)
         last = step + 1 == cfg.max_steps
         if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or last):
             eval_cvbench.track(run, step + 1)
         stopping = any(gather_object([bool(stop_asked)]))
         if (step + 1) % cfg.save_steps == 0 or last or stopping:
-            save_model(folder / f"checkpoint-{step + 1}", run, with_state=True)
-            if cfg.save_total_limit and is_main:
-                for old in checkpoints(folder)[:-cfg.save_total_limit]:
-                    shutil.rmtree(old)
+            save_checkpoint(run, step + 1)
         if stopping and not last:
             run.accelerator.print(f"stopped after step {step + 1}, which is saved; go on with:\n"
-                                  f"    python grpo_vision.py --resume --output_dir {folder}")
+                                  f"    python grpo_vision.py --resume --output_dir {run.output_dir}")
             return run.accelerator.end_training()
-    save_model(folder / "final", run)
+    save_model(run.output_dir / "final", run)
     run.accelerator.end_training()
-    if is_main:
-        eval_cvbench.show(folder, run.data)
-        eval_cvbench.report(folder)
+    eval_cvbench.report(run)
 
 
 if __name__ == "__main__":

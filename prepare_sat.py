@@ -28,12 +28,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from torch.nn.functional import cross_entropy
-from datasets import Features, Image, List, Value
+from datasets import Dataset, Features, Image, List, Value, disable_progress_bars
 from PIL import Image as Picture, ImageDraw
 from tqdm import tqdm
 
-from grpo_vision import (BASE_PROMPT, IMAGE_TOKENS, WELL_FORMED, build_question, extract_answer, fail,
-                         patch_embed_as_matmul, set_threads)
+from grpo_vision import (BASE_PROMPT, IMAGE_TOKENS, WELL_FORMED, build_question, expand_images,
+                         extract_answer, fail, open_image, patch_embed_as_matmul, row_text, set_threads)
 
 TEXT, TEXTS = Value("string"), List(Value("string"))
 SAT_FEATURES = Features({"images": List(Image()), "question": TEXT, "options": TEXTS, "answer": TEXT,
@@ -207,7 +207,7 @@ def parse_sharegpt(row, folder):
         case _:
             raise Skip("not one question and one reply")
     require(re.search("<think>.*</think>", completion, re.DOTALL), "no <think> ... </think>")
-    answer = extract_answer(completion, strict=True)
+    answer = extract_answer(completion)
     require(answer, "no answer in one <answer> block")
     require(WELL_FORMED.fullmatch(completion), "text outside <think> and <answer>")  # it would be taught
     answer = re.sub(r"^final answer\s*:\s*", "", answer, flags=re.IGNORECASE)
@@ -298,6 +298,49 @@ def download_sat():
     except Exception as error:
         fail(f"cannot download SAT_train.parquet of array/SAT ({type(error).__name__}): fetch it and give "
              "it with --parquet FILE.")
+
+
+# --------------------------------------------------------------------------------------------------------
+# Reading it back, to train on
+# --------------------------------------------------------------------------------------------------------
+def load_rows(path):
+    """A Parquet file as written here, or a folder with train.parquet -> its path and its `datasets` table."""
+    disable_progress_bars()
+    path = Path(path) / "train.parquet" if Path(path).is_dir() else Path(path)
+    if not path.exists():
+        fail(f"--data {path} does not exist; `python prepare_sat.py` makes data/sat, and with --toy data/toy")
+    try:
+        data = Dataset.from_parquet(str(path))
+    except Exception as error:  # whatever pyarrow and datasets raise on a file that is no Parquet file
+        fail(f"--data {path} is not a Parquet file that can be read: {str(error).strip().splitlines()[0]}")
+    if missing := sorted({"images", "question", "options", "answer"} - set(data.column_names)):
+        fail(f"--data {path} has no column {missing[0]!r} ({', '.join(data.column_names)})")
+    return path, data.cast_column("images", List(Image(decode=False)))
+
+
+def rows_that_fit(data, path, template, tokenizer, image_processor, max_prompt_length, need_image=False):
+    """-> the numbers of the rows whose prompt, in this template, is no longer than max_prompt_length tokens.
+    Stops at a row that cannot be trained on. need_image: as several processes do, which share the image
+    tower's work and all have to take part."""
+    def prompt_length(number, row):
+        if not (row["question"] and row["answer"] and row["answer"] in (row["options"] or [row["answer"]])):
+            fail(f"{path}, row {number}: question or answer is empty, or the answer is not an option")
+        if need_image and not row["images"]:
+            fail(f"{path}, row {number} has no image, which only one process can train on: the processes "
+                 "share the image tower's work, and all have to take part")
+        sizes = [open_image(image, f"{path}, row {number}", decode=False).size
+                 for image in row["images"] or []]
+        tokens = [image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
+                  for width, height in sizes]
+        return len(tokenizer(expand_images(row_text(row, template, tokenizer), tokens)).input_ids)
+
+    kept = [i for i, row in enumerate(tqdm(data, desc="measuring prompts", leave=False))
+            if prompt_length(i, row) <= max_prompt_length]
+    if len(kept) < len(data):
+        print(f"dropped {len(data) - len(kept)} of {len(data)} rows: prompts over {max_prompt_length}")
+    if not kept:
+        fail(f"--max_prompt_length {max_prompt_length}: every prompt of {path} is longer; raise it")
+    return kept
 
 
 # --------------------------------------------------------------------------------------------------------

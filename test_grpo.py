@@ -302,8 +302,9 @@ def stops(*words):
 
 
 def test_docstring_examples():
-    failed, attempted = doctest.testmod(g)
-    assert failed == 0 and attempted > 5
+    for module, least in (g, 5), (eval_cvbench, 3):
+        failed, attempted = doctest.testmod(module)
+        assert failed == 0 and attempted >= least
 
 
 # ---- Settings --------------------------------------------------------------------------------------------
@@ -322,7 +323,10 @@ def test_every_setting_is_read_and_explained(capsys):
     shown = capsys.readouterr().out
     for field in dataclasses.fields(g.Config):
         assert re.search(rf"\b(cfg|now)\.{field.name}\b", source), field.name
-        assert f"--{field.name}" in shown and len(field.metadata["help"]) > 10
+        line = re.search(rf"^  --{field.name} .*", shown, re.MULTILINE)[0]  # one for each
+        assert field.metadata["help"] in line and len(field.metadata["help"]) > 10
+    titles = [group._argument_group_name for group in g.Config.__bases__]
+    assert sorted(titles, key=shown.index) == titles[::-1] and len(titles) == 5
 
 
 def test_every_flag_and_metric_in_the_readme_exists(trained, capsys):
@@ -510,7 +514,7 @@ def test_an_empty_answer_is_not_well_formed_either(empty):
     ("<answer>1</answer><answer>2</answer>", True, None), ("</answer> left <answer>", True, None),
     ("<answer>2", True, None), ("it is 2", True, None), (" it is 2\n", False, "it is 2"), ("", False, None)])
 def test_extract_answer(text, strict, expected):
-    assert g.extract_answer(text, strict) == expected
+    assert eval_cvbench.read_answer(text, strict) == expected
 
 
 @pytest.mark.parametrize("answer, solution, right", [
@@ -521,7 +525,8 @@ def test_extract_answer(text, strict, expected):
     ("15", "15", 1), ("115", "15", 0), ("1 5", "15", 0), ("no", OPTIONS[2], 0), (OPTIONS[2], "no", 0),
     ("No,  it would stay\nthe same.", OPTIONS[2], 1), ("...", "left", 0), (None, "left", 0)])
 def test_grade(answer, solution, right):
-    assert g.grade(answer, solution, OPTIONS) == g.grade(answer, solution, OPTIONS, strict=False) == right
+    for choose in g.choose, eval_cvbench.read_choice:
+        assert g.grade(answer, solution, OPTIONS, choose) == right
 
 
 @pytest.mark.parametrize("answer, solution, right", [
@@ -532,8 +537,8 @@ def test_grade(answer, solution, right):
     ("I say: No, it would stay the same.", OPTIONS[2], 1), ("I say: No, it would stay the same.", "no", 0),
     ("I say no.", "no", 1), ("nothing", "no", 0)])
 def test_grade_of_a_sentence_counts_in_evaluation_only(answer, solution, right):
-    assert g.grade(answer, solution, OPTIONS, strict=False) == right
-    assert not g.grade(answer, solution, OPTIONS, strict=True)
+    assert g.grade(answer, solution, OPTIONS, eval_cvbench.read_choice) == right
+    assert not g.grade(answer, solution, OPTIONS)
 
 
 CASES = """  what a model may say when the choices are (A) 2 (B) 3 (C) 4           choice   choice in training
@@ -583,9 +588,10 @@ I cannot see the image.                                                        -
 def test_the_table_of_cases(line):
     text, options = line[:79].strip(), ["2", "3", "4"]
     for strict, option in (False, line[79:88].strip()), (True, line[88:].strip()):
-        said = g.extract_answer(text, strict)
-        assert g.choose(said, options, strict) == (None if option == "-" else option)
-        right = [solution for solution in options if g.grade(said, solution, options, strict)]
+        choose = g.choose if strict else eval_cvbench.read_choice
+        said = eval_cvbench.read_answer(text, strict)
+        assert choose(said, options) == (None if option == "-" else option)
+        right = [solution for solution in options if g.grade(said, solution, options, choose)]
         assert right == [solution for solution in options if solution == option]
 
 
@@ -596,7 +602,7 @@ def test_letters_choose_among_two_to_six_and_never_beyond(count):
         i += i > 0  # "B" is the text of another option, once there are four
         expected = options[i] if i < count else None
         for text in letter, f"({letter})", f"{letter}.", f"The answer is ({letter}).":
-            assert g.choose(text, options, strict=False) == expected
+            assert eval_cvbench.read_choice(text, options) == expected
             assert g.choose(text, options) == (None if "answer" in text else expected)
     assert g.choose("B", options) == ("B" if count > 3 else "a lamp")  # a text goes before a letter
 
@@ -608,7 +614,8 @@ def test_no_text_breaks_the_rewards(text):
         for completion in text, f"<think>{text}</think><answer>{text}</answer>":
             assert g.format_reward(completion) in (0, 1)
             assert g.accuracy_reward(completion, answer=options[0], options=options) in (0, 1)
-            assert g.grade(g.extract_answer(completion, False), options[0], options, strict=False) in (0, 1)
+            said = eval_cvbench.read_answer(completion)
+            assert g.grade(said, options[0], options, eval_cvbench.read_choice) in (0, 1)
 
 
 @pytest.mark.parametrize("end", ["", "<|im_end|>", "<|endoftext|>", "<|im_end|><|endoftext|>"])
@@ -1017,6 +1024,11 @@ def prepared(folder, capsys, *flags):
     return rows, {verdict.removeprefix("skipped: "): int(n) for n, verdict in printed}
 
 
+def kept_rows(path, processors, max_prompt_length=1024, **how):
+    path, data = prepare_sat.load_rows(path)
+    return prepare_sat.rows_that_fit(data, path, "base", *processors, max_prompt_length, **how)
+
+
 def sizes(row):
     return [image.size for image in row["images"]]
 
@@ -1049,7 +1061,7 @@ def test_sats_dynamic_rows_have_their_images_in_order(processors, tmp_path, caps
     assert counts == {"kept": len(rows)} and found["question_type"][:] == [r["question_type"] for r in rows]
     assert [sizes(row) for row in found] == [[(84, 56)], [(56, 112)], [(84, 56), (56, 112)],
                                              [(56, 112), (84, 56)]] * len(types)
-    assert g.load_data(g.Config(data=str(tmp_path)), "base", *processors)[2] == list(range(len(rows)))
+    assert kept_rows(tmp_path, processors) == list(range(len(rows)))
 
 
 def test_options_are_shuffled_with_a_seed_and_the_limit_counts_kept_rows():
@@ -1191,7 +1203,7 @@ def test_your_own_data_trains(pictures, train, processors, tmp_path, capsys):
     assert counts == {"kept": 2, "image outside its folder": 1, "odd shape": 1}
     assert found["source_row"][:] == [0, 3] and found["answer"][:] == ["that", "2"]
     assert found["question_type"][:] == ["mine", None]
-    assert g.load_data(g.Config(data=str(tmp_path / "own")), "base", *processors)[2] == [0, 1]
+    assert kept_rows(tmp_path / "own", processors) == [0, 1]
     train(tmp_path / "run", "--data", tmp_path / "own", "--max_steps", 1)
     found, counts = prepared(tmp_path / "chains", capsys, *flags, columns + ",completion=chain,options=")
     assert counts["empty completion"] == 1 and found["options"][:] == [[]] and found["answer"][:] == ["2"]
@@ -1255,7 +1267,8 @@ def test_markup_in_completions_and_questions_stays_text(trained, sat, tmp_path):
     for name, text in ("usual", "fine"), ("hostile", MARKUP):
         run = tmp_path / name
         run.mkdir()
-        g.append_jsonl(run / "completions.jsonl", [{**sample, "completion": text} for sample in samples])
+        changed = [{**sample, "completion": text} for sample in samples]
+        eval_cvbench.append_jsonl(run / "completions.jsonl", changed)
         eval_cvbench.write_page(run, [{**row, "question": text, "options": [text] * 2, "answer": text}
                                       for row in rows])
         tags, texts = [], []
@@ -1298,7 +1311,7 @@ def test_checkpoints_reload_with_identical_logits(name, trained, prompts, proces
     assert torch.equal(logits_of(g.patch_embed_as_matmul(again), prompts[2]), at_save[name])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert AutoImageProcessor.from_pretrained(folder, backend="pil").size["longest_edge"] == 401408
-    assert tokenizer.chat_template == g.SERVED_PROMPT  # a server asks as it was trained
+    assert tokenizer.chat_template == eval_cvbench.SERVED_PROMPT  # a server asks as it was trained
     assert tokenizer(g.BASE_PROMPT).input_ids == processors[0](g.BASE_PROMPT).input_ids
     assert len(json.loads((folder / "generation_config.json").read_text())["eos_token_id"]) == 2
 
@@ -1451,11 +1464,11 @@ def test_a_reward_file_with_a_bug_stops(code, words, train, tmp_path, monkeypatc
 
 def test_free_answers_and_vision_r1s_wording_are_graded():
     for options in None, []:
-        assert g.grade("15", "15", options) and g.grade("B", "b.", options, strict=False)
-        assert not g.grade("15", "5", options, strict=False) and not g.grade("b", "left", options)
-    for strict in True, False:
-        assert g.grade("Final Answer: B", "left", ["right", "left"], strict)
-        assert not g.grade("Final Answer:A", "left", ["right", "left"], strict)
+        assert g.grade("15", "15", options) and g.grade("B", "b.", options, eval_cvbench.read_choice)
+        assert not g.grade("15", "5", options, eval_cvbench.read_choice) and not g.grade("b", "left", options)
+    for choose in g.choose, eval_cvbench.read_choice:
+        assert g.grade("Final Answer: B", "left", ["right", "left"], choose)
+        assert not g.grade("Final Answer:A", "left", ["right", "left"], choose)
 
 
 def test_rows_that_hold_a_completion_for_sft_can_be_rewarded_too():
@@ -1561,10 +1574,9 @@ def test_what_several_processes_cannot_share_stops(sat, tmp_path, processors, mo
     rows[1]["images"] = []
     features = datasets.Dataset.from_parquet(str(sat / "train.parquet")).features
     datasets.Dataset.from_list(rows, features).to_parquet(tmp_path / "train.parquet")
-    cfg = g.Config(data=str(tmp_path))
-    assert len(g.load_data(cfg, "base", *processors)[2]) == 3  # alone, a row without an image is text
+    assert kept_rows(tmp_path, processors) == [0, 1, 2]  # alone, a row without an image is text
     with stops("row 1", "no image", "one process"):
-        g.load_data(cfg, "base", *processors, num_processes=2)
+        kept_rows(tmp_path, processors, need_image=True)
     monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(log_with=[], num_processes=3))
     with stops("--prompts_per_step 8", "3 processes"):
         g.make_accelerator(g.Config())
@@ -1701,7 +1713,7 @@ def test_long_prompts_are_dropped_and_never_cut(train, sat, model_dir, model, tm
     prompts = [g.build_prompt(g.row_text(row, "base", None), row["images"], *processors, model)
                for row in rows]
     lengths = [prompt.input_ids.shape[1] for prompt in prompts]
-    kept = lambda limit: g.load_data(g.Config(data=str(sat), max_prompt_length=limit), "base", *processors)[2]
+    kept = lambda limit: kept_rows(sat, processors, limit)
     assert kept(max(lengths)) == [0, 1, 2] and "dropped" not in capsys.readouterr().out
     assert kept(max(lengths) - 1) == [i for i in range(3) if lengths[i] < max(lengths)]
     assert "dropped 1 of 3" in capsys.readouterr().out
@@ -1908,7 +1920,7 @@ def test_ask_prints_the_answer(model_dir, tmp_path, capsys):
 
 def test_a_served_base_model_gets_the_base_prompt(processors):
     tokenizer = copy.deepcopy(processors[0])
-    tokenizer.chat_template = g.SERVED_PROMPT
+    tokenizer.chat_template = eval_cvbench.SERVED_PROMPT
     asked = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}],
                                                           tokenize=False, add_generation_prompt=True)
     text = {"type": "text", "text": "Which?\n(A) left"}
@@ -2044,11 +2056,11 @@ def test_a_second_start_asks_what_is_missing(evaluate, evaluated, tmp_path, monk
 def test_a_killed_run_loses_no_answer(evaluate, evaluated, tmp_path, monkeypatch):
     for kill_after in 1, 3, 7:
         with monkeypatch.context() as patch:
-            def append(path, records, left=[kill_after]):
+            def append(path, records, left=[kill_after], write=eval_cvbench.append_jsonl):
                 left[0] -= 1
                 if left[0] < 0:
                     raise KeyboardInterrupt
-                g.append_jsonl(path, records)
+                write(path, records)
             patch.setattr(eval_cvbench, "append_jsonl", append)
             with pytest.raises(KeyboardInterrupt):
                 evaluate(tmp_path / str(kill_after), "--modes", "all")
