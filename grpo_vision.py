@@ -227,6 +227,9 @@ def settings_at(cfg, step):
 
 # ---- Step 1: the question, with its images, in the prompt template ---------------------------------------
 
+# A row of the data (images, question, options, answer) becomes what the model takes in: token ids, their
+# positions, pixels. Every process draws its own share of the step's B questions.
+
 IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
@@ -337,28 +340,8 @@ def seeded(*key):
 
 def draw(rows, seed, first, count):
     """Entries first .. first + count - 1 of an endless walk over `rows`, shuffled anew in each epoch."""
-    walk, n = {}, len(rows)
-    for epoch in range(first // n, (first + count - 1) // n + 1):
-        walk[epoch] = seeded(seed, "epoch", epoch).sample(rows, n)
-    return [walk[i // n][i % n] for i in range(first, first + count)]
-
-
-def upright(picture):
-    """PIL image -> RGB as a viewer shows it: turned as its EXIF tag says, white where it is transparent."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def open_image(image, where, decode=True):
-    """{"bytes", "path"} -> RGB image, or stop and name its row. decode False reads only the header."""
-    try:
-        picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
-        return upright(picture) if decode else picture
-    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error ...
-        fail(f"{where}: its image cannot be read ({error}); remove the row")
+    n = len(rows)
+    return [seeded(seed, "epoch", i // n).sample(rows, n)[i % n] for i in range(first, first + count)]
 
 
 def draw_batch(run, cfg, step):
@@ -379,6 +362,9 @@ def draw_batch(run, cfg, step):
 
 
 # ---- Step 2: run image and prompt through the model once, and branch off G completions -------------------
+
+# The policy answers, G times for each prompt, token by token. What the G have in common, image and prompt,
+# runs through the model once; sampling here and scoring in step 5 both go on from its keys and values.
 
 def encode_prompt(model, prompt):
     """Image tower and prompt, once -> for each layer (keys, values), each (1, kv_heads, P - 1, head_dim), and
@@ -575,6 +561,8 @@ def given_completions(run, cfg, rows, prompts):
 
 # ---- Step 3: the rewards, pure functions of the text -----------------------------------------------------
 
+# Rules judge a completion by its text alone, so that there is nothing to train, or to deceive, but them.
+
 ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 WELL_FORMED = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
 
@@ -685,6 +673,8 @@ def compute_rewards(names, texts, lengths, rows):
 
 # ---- Step 4: the advantages, each completion against its own group ---------------------------------------
 
+# A reward says little by itself: 1 is poor where the siblings got 2. The advantage is the comparison.
+
 def group_advantages(rewards, num_generations, scale_rewards=True):
     """(N,) rewards, prompt-major -> (N,) advantages A = (R - mean) / (std + 1e-4) per group; unbiased std.
 
@@ -701,6 +691,9 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
 
 
 # ---- Step 5: the log-probability of each completion token ------------------------------------------------
+
+# How likely is each token of the completions, to the policy in training, and to its frozen start? All tokens
+# are known by now, so one pass scores them all, for as many rows at a time as score_tokens admits.
 
 def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature, suppressed):
     """Log-probabilities and (without gradient) entropy of R completions, each (R, C), 0 where masked.
@@ -779,6 +772,9 @@ def score_rollout(policy, prompts, rollout, cfg):
 
 
 # ---- Step 6: the loss, and its gradient ------------------------------------------------------------------
+
+# Tokens of better-than-average completions become likelier. The gradient comes in two stages, first of the
+# completions, then of the prompt that they share, and the optimizer takes its step.
 
 # What a token counts in the loss of a step, for each row (N,), from the rows' lengths (N,) and their limit.
 LOSS_TYPES = {
@@ -903,7 +899,9 @@ def optimise(run, cfg, step, prompts, rollout, advantages, ref_logps):
     return sums, grad_norm
 
 
-# ---- The six steps put together --------------------------------------------------------------------------
+# ---- One training step: the six steps put together -------------------------------------------------------
+
+# `run` is what `setup` made: models, optimizer, data, tokenizer. `cfg`: the settings, as they are at this step.
 
 def train_step(run, cfg, step):
     """The recipe, once -> metrics, and the step's completions (of all processes) to be logged."""
@@ -1022,6 +1020,24 @@ def end_tokens(tokenizer):
     """Ids that end a completion: the tokenizer's end token first, then those of Qwen's two that it knows."""
     qwen = [token for token in ("<|endoftext|>", "<|im_end|>") if token in tokenizer.get_vocab()]
     return list(dict.fromkeys([tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(qwen)]))
+
+
+def upright(picture):
+    """PIL image -> RGB as a viewer shows it: turned as its EXIF tag says, white where it is transparent."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def open_image(image, where, decode=True):
+    """{"bytes", "path"} -> RGB image, or stop and name its row. decode False reads only the header."""
+    try:
+        picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
+        return upright(picture) if decode else picture
+    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error ...
+        fail(f"{where}: its image cannot be read ({error}); remove the row")
 
 
 def choose_output_dir(cfg):

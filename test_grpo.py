@@ -344,6 +344,10 @@ def test_every_flag_and_metric_in_the_readme_exists(trained, capsys):
         --nproc_per_node --host --port""".split()  # accelerate's, torchrun's, the servers'
     named = set(re.findall(r"(?<![\w-])--[a-z]\w+", readme))
     assert not named - known - set(others) and len(named) > 40
+    source = (folder / "grpo_vision.py").read_text().splitlines()
+    links = re.findall(r"\[`(\w+)`\]\(grpo_vision\.py#L(\d+)\)", readme)
+    assert len(links) > 10 and all(re.match(rf"(def|class) {name}\b|{name} = ", source[int(line) - 1])
+                                   for name, line in links), links
     for script in re.findall(r"\b(?:bench/)?\w+\.py\b", readme):
         assert (folder / script).exists() or script == "my_rewards.py", script
     table = readme[readme.index("| name in `metrics.jsonl`"):readme.index("Out of memory:")]
@@ -818,7 +822,7 @@ def test_grpo_loss_by_hand():
 
 def test_the_group_worked_in_the_readme():
     readme = (Path(g.__file__).parent / "README.md").read_text()
-    worked = readme[readme.index("### One group, worked by hand"):readme.index("## The toy, and what")]
+    worked = readme.split("### One group, worked by hand")[1].split("\n## ")[0]
     stands = lambda number: f"{number:.4f}".rstrip("0").rstrip(".") in worked
     texts = [f"<think>{text}" for text in re.findall(r"^\| \d: `\.* ?(.*)`", worked, re.MULTILINE)]
     row = dict(answer="left", options=["left", "right"])
