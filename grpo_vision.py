@@ -413,7 +413,7 @@ def token_logps(model, hidden, temperature, suppressed):
     """(..., H) hidden states -> (..., V) log-probabilities, the one place where states become a distribution.
 
     suppressed: (V,) bool, tokens that are never drawn. Sampling and scoring must share it, and the
-    temperature, or the ratio would compare two different policies.
+    temperature, which the reference code ignores, or the ratio would compare two different policies.
     """
     logits = model.lm_head(hidden)
     # in place: with 151,936 tokens in the vocabulary these are the largest tensors of all
@@ -500,7 +500,9 @@ class Rollout:
 @torch.no_grad()
 def sample(model, prompts, num_generations, max_completion_length, temperature, suppressed, eos_ids,
            generator=None):
-    """Draw G completions of each prompt (temperature 0: the likeliest tokens) -> Rollout, rows prompt-major.
+    """Draw G completions of each prompt (temperature 0: the likeliest tokens) -> Rollout, rows prompt-major,
+    like everything here. (The reference's completions are sample-major and its images and answers are
+    prompt-major, which fits for one prompt per device only.)
 
     All N rows decode together. A row that is done leaves the batch; on a GPU it waits until half are done.
     """
@@ -901,7 +903,7 @@ def optimise(run, cfg, step, prompts, rollout, advantages, ref_logps):
 
 # ---- One training step: the six steps put together -------------------------------------------------------
 
-# `run` is what `setup` made: models, optimizer, data, tokenizer. `cfg`: the settings, as they are at this step.
+# `run` is what `setup` made: models, optimizer, data, tokenizer; `cfg` holds the settings of this stage.
 
 def train_step(run, cfg, step):
     """The recipe, once -> metrics, and the step's completions (of all processes) to be logged."""
@@ -1171,7 +1173,7 @@ def build_models(cfg, start, accelerator, tokenizer):
         suppressed = torch.zeros_like(suppressed)  # plain cross-entropy, over all the vocabulary
     towers = dict(vision=[model.model.visual], llm=[model.model.language_model, model.lm_head])
     for tower in towers.get(cfg.freeze, []):
-        tower.requires_grad_(False)
+        tower.requires_grad_(False)  # called; the reference code assigns to the name, which freezes nothing
     dtype = torch.bfloat16 if bf16 else torch.float32
     plain = lambda path: load_model(path, dtype=dtype).to(device).requires_grad_(False)
     sampler = model if single and not bf16 else plain(start)
@@ -1204,7 +1206,7 @@ def setup(cfg):
     tokenizer, image_processor = load_processors(start, cfg.min_pixels, cfg.max_pixels)
     template = choose_prompt(tokenizer, cfg.prompt)
     if template == "base":
-        tokenizer.chat_template = eval_cvbench.SERVED_PROMPT
+        tokenizer.chat_template = eval_cvbench.SERVED_PROMPT  # which the reference's checkpoints lack
     data_path, data = prepare_sat.load_rows(cfg.data)
     if cfg.algorithm == "sft" and "completion" not in data.column_names:
         template += "-direct"  # nothing but the answer to learn
