@@ -7,18 +7,21 @@ reason before it answers. One training step is this recipe, and the sections bel
   2. Sample G completions of each prompt from the policy: N = B * G rows, prompt-major (row i: prompt i // G).
   3. Reward each completion by rule:    R_i = accuracy (right answer: 0 or 1) + format (well formed: 0 or 1)
   4. Compare it with its own group:     A_i = (R_i - mean(R)) / (std(R) + 1e-4)
-  5. Score each completion token c_t, with the policy pi in training and with pi_ref, its frozen start:
-                                        log pi(c_t | image, prompt, c_<t)
+  5. Score each completion token c_t: its log-probability log pi(c_t | image, prompt, c_<t), by pi, the policy
+     in training, and by pi_ref, its frozen start.
   6. Make the tokens of better-than-average completions likelier, the others less, and stay close to pi_ref:
          ratio = pi / pi_old            kl = pi_ref / pi - log(pi_ref / pi) - 1
-         loss  = mean over rows of mean over tokens of -min(ratio A, clip(ratio, 1-eps, 1+eps) A) + beta kl
+         loss  = mean over rows of mean over tokens of [-min(ratio A, clip(ratio, 1-eps, 1+eps) A) + beta kl]
+     pi_old is the policy as it was when step 5 first scored these completions, eps and beta are settings.
 
 One idea makes it fast. A group shares one image and one prompt, so these run through the model ONCE per
 pass, and the G completions branch off the keys and values they leave behind. It is exact: `encode_prompt`,
 `score`, and the two-stage backward in `update` show how.
 
-Symbols: B prompts, G samples of each, N = B * G rows, R rows of one chunk, P prompt tokens, C completion
-tokens, H hidden size, V vocabulary. Tensor lines end in their shape: # (N, C)
+Symbols: B prompts, G samples of each, N = B * G rows (of one process, if there are several), K rows of one
+chunk, P prompt tokens, C completion tokens, H hidden size, V vocabulary. Tensor lines end in their shape:
+# (N, C). `cfg` holds the settings (`Config`), and `run` what `setup`, near the end, makes of them once: the
+policy, which is trained, the sampler, its copy that samples, the reference, optimizer, tokenizer, data.
 
     accelerate launch grpo_vision.py                                 # a toy: any laptop, offline, minutes
     accelerate launch grpo_vision.py --preset sat --max_steps 100    # Qwen2-VL-2B on SAT, on a GPU
@@ -36,6 +39,7 @@ import runpy
 import shutil
 import signal
 import statistics
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -92,7 +96,7 @@ class Rollouts:
     max_prompt_length: int = setting(1024, "tokens, images included; longer prompts are dropped, never cut")
     min_pixels: Optional[int] = setting(None, "pixels; smaller images are enlarged; default: the model's")
     max_pixels: Optional[int] = setting(None, "pixels; larger images are shrunk; default: the model's")
-    prompts_per_step: int = setting(8, "B, prompts per step over all processes")
+    prompts_per_step: int = setting(8, "questions per step, over all processes")
     num_generations: int = setting(8, "G, completions per prompt")
     max_completion_length: int = setting(700, "tokens at most per completion")
     temperature: float = setting(1.0, "sampling temperature; scoring divides the logits by it as well")
@@ -155,7 +159,7 @@ PRESETS = {
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with one line per setting: one spelling, no metavar, and no default where it is None."""
+    """--help with one line per setting and the preset's defaults; no metavar, and no default that is None."""
     def __init__(self, prog):
         super().__init__(prog, max_help_position=32, width=132)
 
@@ -171,7 +175,8 @@ def parse_config(argv=None):
     parser = HfArgumentParser(Config.__bases__[::-1], allow_abbrev=False, formatter_class=HelpFormatter,
                               usage="grpo_vision.py [--preset NAME] [--setting VALUE ...]",
                               description=__doc__.splitlines()[0])
-    given, _ = parser.parse_known_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    given, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     if given.preset not in PRESETS:
         fail(f"--preset {given.preset} is unknown; choose one of: {', '.join(PRESETS)}")
     parser.set_defaults(**PRESETS[given.preset])
@@ -182,6 +187,9 @@ def parse_config(argv=None):
     if unknown:
         fail(f"unknown argument {unknown[0]}; `python grpo_vision.py --help` lists them all")
     cfg = Config(**{name: value for group in groups for name, value in vars(group).items()})
+    for name in ("max_steps", "max_completion_length", "num_generations") if cfg.stages else ():
+        if any(word.split("=")[0].replace("-", "_") == f"__{name}" for word in argv):
+            fail(f"--{name} is set by --stages {cfg.stages}; change that, or leave it out by --stages ''")
     if cfg.algorithm == "sft":  # one completion per prompt, always as good; nothing to stay close to
         cfg.num_generations, cfg.beta, cfg.temperature = 1, 0.0, 1.0
     check_config(cfg)
@@ -191,11 +199,13 @@ def parse_config(argv=None):
 
 def check_config(cfg):
     """Stop with a sentence if a setting cannot be; the functions of --reward_file join REWARDS."""
-    if cfg.reward_file:
-        REWARDS.update(load_rewards(cfg.reward_file))
-    for name in cfg.rewards.split(","):
+    names, found = cfg.rewards.split(","), load_rewards(cfg.reward_file) if cfg.reward_file else {}
+    REWARDS.update(found)
+    for name in names:
         if name not in REWARDS:
             fail(f"--rewards {name} is unknown; choose from: {', '.join(REWARDS)}")
+    if cfg.reward_file and not set(found) & set(names):
+        fail(f"--reward_file {cfg.reward_file}: --rewards names none of its functions: {', '.join(found)}")
     least = dict(num_generations=2 if cfg.algorithm == "grpo" else 1,  # others to be measured by
                  prompts_per_step=1, max_completion_length=1, num_iterations=1, max_steps=1, score_tokens=1,
                  save_steps=1, save_total_limit=1, eval_steps=0, eval_limit=1, beta=0, epsilon=0,
@@ -320,7 +330,8 @@ def expand_images(text, tokens_per_image):
 
 
 def build_prompt(text, images, tokenizer, image_processor, model):
-    """text: str from `render`, images: list of PIL images, may be empty -> Prompt on the model's device."""
+    """text: str from `render`, images: list of PIL images, may be empty -> Prompt on the model's device.
+    Nothing runs here: the model is asked for its device, its image token and its rule of positions."""
     pixels, tokens_per_image = {}, []
     if images:
         pixels = image_processor(images=images, return_tensors="pt").to(model.device)
@@ -328,8 +339,9 @@ def build_prompt(text, images, tokenizer, image_processor, model):
     ids = tokenizer(expand_images(text, tokens_per_image), return_tensors="pt").input_ids         # (1, P)
     ids = ids.to(model.device)
     is_image = (ids == model.config.image_token_id).int()
-    position_ids, _ = model.model.get_rope_index(ids, is_image, image_grid_thw=pixels.get("image_grid_thw"))
-    return Prompt(text, ids, position_ids, **pixels)
+    position_ids, _ = model.model.get_rope_index(ids, mm_token_type_ids=is_image,
+                                                 image_grid_thw=pixels.get("image_grid_thw"))
+    return Prompt(text, ids, position_ids, **pixels)  # pixels: pixel_values, image_grid_thw
 
 
 def seeded(*key):
@@ -339,7 +351,8 @@ def seeded(*key):
 
 
 def draw(rows, seed, first, count):
-    """Entries first .. first + count - 1 of an endless walk over `rows`, shuffled anew in each epoch."""
+    """Entries first .. first + count - 1 of an endless walk over `rows`, shuffled anew in each epoch (and
+    for each entry: the simplest way to need nothing but its number)."""
     n = len(rows)
     return [seeded(seed, "epoch", i // n).sample(rows, n)[i % n] for i in range(first, first + count)]
 
@@ -367,8 +380,9 @@ def draw_batch(run, cfg, step):
 # runs through the model once; sampling here and scoring in step 5 both go on from its keys and values.
 
 def encode_prompt(model, prompt):
-    """Image tower and prompt, once -> for each layer (keys, values), each (1, kv_heads, P - 1, head_dim), and
-    the last hidden states (1, P - 1, H).
+    """Image tower and prompt, once -> for each layer (keys, values), each (1, kv_heads, P - 1, head_dim),
+    and the last hidden states (1, P - 1, H), which only `update` asks for, and only if there are several
+    processes.
 
     The last prompt token is left out. It becomes the first input of every completion, whose output predicts
     the first completion token; so keys and values are all that sampling and scoring need from here.
@@ -412,8 +426,9 @@ class BranchLayer(DynamicLayer):
 def token_logps(model, hidden, temperature, suppressed):
     """(..., H) hidden states -> (..., V) log-probabilities, the one place where states become a distribution.
 
-    suppressed: (V,) bool, tokens that are never drawn. Sampling and scoring must share it, and the
-    temperature, which the reference code ignores, or the ratio would compare two different policies.
+    suppressed: (V,) bool, tokens that are never drawn (`suppressed_tokens`). Sampling and scoring must
+    share it, and the temperature (which the reference code ignores), or the policy that is trained would
+    not be the one whose samples were rewarded.
     """
     logits = model.lm_head(hidden)
     # in place: with 151,936 tokens in the vocabulary these are the largest tensors of all
@@ -426,30 +441,37 @@ class Decoder:
     """N rows on their way through the completion; each call of `step` is one token further.
 
     Each of the B prompts has run through the model once, and its keys and values are repeated G times.
-    Shorter prompts are padded on the left and masked. On a GPU the step is recorded as a CUDA graph and
-    replayed, because launching its hundreds of kernels takes longer than running them.
+    Shorter prompts are padded on the left and masked. A row of the cache, `room` tokens longer than the
+    prompts:
+
+        [ pad pad | prompt without its last token | last prompt token, c_1, c_2, ... | not yet written ]
+
+    fixed: all of it takes part in every step, behind a mask, so that no shape ever changes. A CUDA graph
+    needs that: on a GPU the step is recorded once and replayed, because launching its hundreds of kernels
+    takes longer than running them. Not fixed (the CPU's way): a step takes part of what is written.
     """
     def __init__(self, model, prompts, num_generations, room, fixed=None):
         encoded = [encode_prompt(model, prompt)[0] for prompt in prompts]
         repeat = lambda x: x.repeat_interleave(num_generations, 0)
         lengths = torch.tensor([layers[0][0].shape[2] for layers in encoded])                     # (B,)
-        P = int(lengths.max())                                                # here without the last token
-        left_pad = lambda x: nn.functional.pad(x, (0, 0, P - x.shape[2], 0))
+        longest = int(lengths.max())                                                              # P - 1
+        left_pad = lambda x: nn.functional.pad(x, (0, 0, longest - x.shape[2], 0))
         self.model, self.fixed = model, model.device.type == "cuda" if fixed is None else fixed
-        self.masked = len(set(lengths.tolist())) > 1  # without need of one, attention is faster on a CPU
-        self.place = torch.tensor([P], device=model.device)
+        self.masked = self.fixed or len(set(lengths.tolist())) > 1  # attention is faster without a mask
+        self.place = torch.tensor([longest], device=model.device)  # where the next keys and values go
         layers = []
-        for layer in zip(*encoded):  # (keys, values) of this layer, of each prompt
-            keys, values = (repeat(torch.cat([left_pad(x) for x in one])) for one in zip(*layer))
+        for pairs in zip(*encoded):  # of one layer: (keys, values) of each prompt
+            keys = repeat(torch.cat([left_pad(keys) for keys, _ in pairs]))
+            values = repeat(torch.cat([left_pad(values) for _, values in pairs]))
             layers.append(BranchLayer(keys, values, room, self.place if self.fixed else None))
         self.cache = Cache(layers=layers)
         self.tokens = repeat(torch.cat([prompt.input_ids[:, -1:] for prompt in prompts]))         # (N, 1)
         start = torch.tensor([[prompt.next_position - 1] for prompt in prompts])
         self.positions = repeat(start).to(model.device)                                           # (N, 1)
-        places = torch.arange(P + room)
-        hidden = (places < P - lengths[:, None]) | (places > P)                               # (B, P + room)
-        mask = torch.zeros(hidden.shape, dtype=model.dtype).masked_fill(hidden, torch.finfo(model.dtype).min)
-        self.mask = repeat(mask.to(model.device))[:, None, None]                        # (N, 1, 1, P + room)
+        places = torch.arange(longest + room)
+        unseen = (places < longest - lengths[:, None]) | (places > longest)             # (B, longest + room)
+        mask = torch.zeros(unseen.shape, dtype=model.dtype).masked_fill(unseen, torch.finfo(model.dtype).min)
+        self.mask = repeat(mask.to(model.device))[:, None, None]                  # (N, 1, 1, longest + room)
         self.replay = None
 
     def step(self):
@@ -469,9 +491,10 @@ class Decoder:
         return self.replay
 
     def forward(self):
-        mask = self.mask if self.fixed else self.mask[..., :int(self.place) + 1] if self.masked else None
+        mask = self.mask if self.fixed else self.mask[..., :int(self.place) + 1]
+        mask = {"full_attention": mask if self.masked else None}  # a dict: transformers makes none of its own
         output = self.model.model(input_ids=self.tokens, position_ids=self.positions.expand(3, -1, -1),
-                                  past_key_values=self.cache, attention_mask={"full_attention": mask})
+                                  past_key_values=self.cache, attention_mask=mask)
         return output.last_hidden_state[:, -1]
 
     def feed(self, tokens):
@@ -479,7 +502,8 @@ class Decoder:
         self.tokens.copy_(tokens)
         self.positions += 1
         self.place += 1
-        self.mask.index_fill_(3, self.place.clamp(max=self.mask.shape[3] - 1), 0)
+        here = self.place.clamp(max=self.mask.shape[3] - 1)  # after the last token there is no place left
+        self.mask.index_fill_(3, here, 0)
 
     def keep(self, alive):
         """alive: (rows,) bool. The others leave the batch; a graph must be recorded anew."""
@@ -507,14 +531,14 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
     All N rows decode together. A row that is done leaves the batch; on a GPU it waits until half are done.
     """
     decoder = Decoder(model, prompts, num_generations, room=max_completion_length)
-    N, C, device = num_generations * len(prompts), max_completion_length, model.device
-    completion_ids = torch.full((N, C), eos_ids[0], device=device)
-    sampling_logps = torch.zeros(N, C, device=device, dtype=torch.promote_types(model.dtype, torch.float32))
-    num_tokens = torch.full((N,), C, device=device)
+    N, limit, device = num_generations * len(prompts), max_completion_length, model.device
+    completion_ids = torch.full((N, limit), eos_ids[0], device=device)
+    sampling_logps = torch.zeros(N, limit, device=device).to(torch.promote_types(model.dtype, torch.float32))
+    num_tokens = torch.full((N,), limit, device=device)
     finished = torch.zeros(N, dtype=torch.bool, device=device)
-    rows = torch.arange(N, device=device)             # of the rollout, that are still in the batch
-    running = torch.ones(N, dtype=torch.bool, device=device)       # of these, which are not done
-    for t in range(C):
+    rows = torch.arange(N, device=device)              # of the N rows, those that are still in the batch
+    running = torch.ones(N, dtype=torch.bool, device=device)  # for each of these: is it not done yet?
+    for t in range(limit):
         logps = token_logps(model, decoder.step(), temperature or 1.0, suppressed)                # (rows, V)
         if temperature > 0:  # argmax(log p - log(-log U)), U uniform, draws from p: the Gumbel trick
             noise = torch.rand_like(logps, generator=generator).log_().neg_().log_()
@@ -529,7 +553,7 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
         if not (left := int(running.sum())):
             break
         decoder.feed(tokens)
-        if left <= len(rows) // 2 if decoder.fixed else left < len(rows):
+        if left <= (len(rows) // 2 if decoder.fixed else len(rows) - 1):
             decoder.keep(running)
             rows, running = rows[running], running[running]
     C = int(num_tokens.max())
@@ -613,7 +637,8 @@ def choose(answer, options):
 
 
 def grade(answer, solution, options, choose=choose):
-    """Does `answer` choose `solution` out of `options`? Without options it has to be the solution's text."""
+    """Does `answer` choose `solution` out of `options`? Without options it has to be the solution's text.
+    Evaluation grades with a `choose` of its own, which also understands sentences."""
     return any(text is not None and normalise(text) == normalise(solution)
                for text in (answer, choose(answer, options)))
 
@@ -644,7 +669,8 @@ def length_reward(completion, num_tokens, **_):
     return 0.001 * num_tokens
 
 
-# name -> function(completion, num_tokens, **columns of the data row) -> float; completion starts with <think>
+# name -> function(completion, num_tokens, **columns of the data row) -> float. The completion begins with the
+# <think> that the base prompt ends in; an instruct model has to write it itself
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "hard": hard_reward, "length": length_reward}
 
 
@@ -659,7 +685,8 @@ def load_rewards(path):
 
 def compute_rewards(names, texts, lengths, rows):
     """Each named reward of N completions, with their lengths in tokens and data rows -> {name: (N,)}."""
-    rewards, rows = {}, [{key: row[key] for key in row if key != "completion"} for row in rows]  # SFT's own
+    rewards = {}
+    rows = [{key: row[key] for key in row if key != "completion"} for row in rows]  # that column is for SFT
     for name in names:
         values = []
         for text, length, row in zip(texts, lengths, rows, strict=True):
@@ -698,24 +725,24 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
 # are known by now, so one pass scores them all, for as many rows at a time as score_tokens admits.
 
 def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature, suppressed):
-    """Log-probabilities and (without gradient) entropy of R completions, each (R, C), 0 where masked.
+    """Log-probabilities and (without gradient) entropy of K completions, each (K, C), 0 where masked.
 
-    All rows attend to the same keys and values of the prompt, expanded and not computed again, and causally
-    to themselves. Positions start at `next_position` in every row, as if it stood alone behind the prompt.
-    Nothing is padded on the left, so no mask is needed; what pads a row on the right comes after all that
-    counts.
+    All rows attend to the same keys and values of the prompt, expanded and not computed again, and to their
+    own past, by the model's own causal mask. Position `next_position` is the first completion token's in
+    every row, as if it stood alone behind the prompt; the inputs begin one before, with the last prompt
+    token. Nothing is padded on the left; what pads a row on the right comes after all that counts.
     """
-    R, C = completion_ids.shape
-    inputs = torch.cat([prompt.input_ids[:, -1:].expand(R, 1), completion_ids[:, :-1]], 1)        # (R, C)
+    K, C = completion_ids.shape
+    inputs = torch.cat([prompt.input_ids[:, -1:].expand(K, 1), completion_ids[:, :-1]], 1)        # (K, C)
     positions = torch.arange(C, device=inputs.device) + prompt.next_position - 1                  # (C,)
-    cache = Cache(layers=[BranchLayer(*(x.expand(R, -1, -1, -1) for x in kv)) for kv in prompt_kv])
-    hidden = model.model(input_ids=inputs, position_ids=positions.expand(3, R, C),
-                         past_key_values=cache).last_hidden_state                                 # (R, C, H)
+    cache = Cache(layers=[BranchLayer(*(x.expand(K, -1, -1, -1) for x in kv)) for kv in prompt_kv])
+    hidden = model.model(input_ids=inputs, position_ids=positions.expand(3, K, C),
+                         past_key_values=cache).last_hidden_state                                 # (K, C, H)
     logps = token_logps(model, hidden[completion_mask], temperature, suppressed)                 # (tokens, V)
     chosen = logps.gather(-1, completion_ids[completion_mask][:, None])[:, 0]                     # (tokens,)
     with torch.no_grad():
         entropy = -logps.exp().mul_(logps).sum(-1)                                                # (tokens,)
-    blank = torch.zeros(R, C, dtype=logps.dtype, device=logps.device)
+    blank = torch.zeros(K, C, dtype=logps.dtype, device=logps.device)
     return blank.masked_scatter(completion_mask, chosen), blank.masked_scatter(completion_mask, entropy)
 
 
@@ -753,7 +780,7 @@ def chunks(lengths, score_tokens):
 
 
 def group_chunks(rollout, group, cfg):
-    """One group's rows, chunk by chunk: row numbers (R,), completion_ids (R, C), completion_mask (R, C)."""
+    """One group's rows, chunk by chunk: row numbers (K,), completion_ids (K, C), completion_mask (K, C)."""
     first = group * cfg.num_generations
     lengths = rollout.completion_mask[first:first + cfg.num_generations].sum(1).tolist()
     for chunk in chunks(lengths, cfg.score_tokens):
@@ -764,7 +791,8 @@ def group_chunks(rollout, group, cfg):
 
 @torch.no_grad()
 def score_rollout(policy, prompts, rollout, cfg):
-    """(N, C) log-probabilities of the rollout, without gradient: what the reference model makes of it."""
+    """(N, C) log-probabilities of the rollout, without gradient; `policy` is the reference model's, which is
+    whole on every process, so that none has to wait for another with empty chunks (see `pad_chunks`)."""
     per_token_logps = torch.zeros_like(rollout.sampling_logps)
     for group, prompt in enumerate(prompts):
         prompt_kv, _ = policy(prompt)
@@ -791,38 +819,45 @@ LOSS_TYPES = {
 
 def weigh_tokens(lengths, finished, cfg):
     """(N,) lengths of the step's rows, (N,) bool -> (N,) what a token of each row counts in the loss."""
-    lengths = lengths.double()
-    if not cfg.mask_truncated_completions:
-        return LOSS_TYPES[cfg.loss_type](lengths, cfg.max_completion_length)
-    kept = lengths * finished  # a row of length 0 has no token to weigh
-    return LOSS_TYPES[cfg.loss_type](kept.clamp(min=1e-9), cfg.max_completion_length) * finished
+    kept = finished if cfg.mask_truncated_completions else torch.ones_like(finished)
+    # a row that is not kept counts as one without tokens: almost 0 of them, not to divide by 0
+    lengths = (lengths.double() * kept).clamp(min=1e-9)
+    return LOSS_TYPES[cfg.loss_type](lengths, cfg.max_completion_length) * kept
 
 
 def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, token_weights,
               completion_mask, epsilon, epsilon_high, beta):
-    """The loss of R of the step's rows (arXiv 2402.03300, eq. 3); over all chunks it adds up to the step's.
+    """The loss of K of the step's rows (arXiv 2402.03300, eq. 3); over all chunks it adds up to the step's.
 
-    *_logps, completion_mask: (R, C); advantages, token_weights: (R,). If beta is 0 no reference is needed.
-    Returns loss, and for the log kl (R, C) and where the clip acts (R, C).
+    *_logps, completion_mask: (K, C); advantages, token_weights: (K,). If beta is 0 no reference is needed.
+    Returns loss, and for the log kl (K, C) and where the clip acts (K, C).
 
-    With num_iterations 1, pi_old is pi itself: the ratio is 1 and the clip never acts. Advantages of a
-    group add up to 0, so the policy term prints as 0 and the printed loss is beta * KL. Its gradient is not
-    0: d ratio = d log pi, so every token of a completion is pushed by A.
+    Why it teaches: the expected reward grows along the mean of A * gradient of log pi(completion), over
+    samples of pi (the policy gradient). Where pi is still pi_old, the ratio is 1 and its gradient is that
+    of log pi, so every token of a completion is pushed up or down by its A: maximum likelihood, weighted
+    and with a sign. In a further update on the same rollout (num_iterations > 1) the samples come from
+    pi_old, a policy of the past, and the ratio corrects for that, as long as it is near 1. Hence the clip:
+    a token that has moved by epsilon in the direction of its A is pushed no further; and hence the min: one
+    that has moved the other way is pushed on.
+
+    What is printed: with num_iterations 1 the ratio is 1. Where every row counts the same (loss_type "grpo"),
+    the A of a group cancel, and the printed loss is beta * KL, near 0. Its gradient is not 0.
     """
-    A = advantages[:, None]                                                                       # (R, 1)
+    A = advantages[:, None]                                                                       # (K, 1)
     # ratio = pi / pi_old
-    ratio = (per_token_logps - old_per_token_logps).exp()                                         # (R, C)
+    ratio = (per_token_logps - old_per_token_logps).exp()                                         # (K, C)
     # -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A)
-    clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))   # (R, C)
-    per_token_loss = -torch.min(ratio * A, clipped * A)                                           # (R, C)
-    # kl = pi_ref / pi - log(pi_ref / pi) - 1, the "k3" estimator: unbiased, never negative
+    clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))   # (K, C)
+    per_token_loss = -torch.min(ratio * A, clipped * A)                                           # (K, C)
+    # kl = pi_ref / pi - log(pi_ref / pi) - 1: for tokens drawn from pi an unbiased estimate of KL(pi ||
+    # pi_ref), called k3, and never negative
     kl = torch.zeros_like(ratio)
     if beta > 0:
         log_ratio = ref_per_token_logps - per_token_logps
-        kl = log_ratio.exp() - log_ratio - 1                                                      # (R, C)
+        kl = log_ratio.exp() - log_ratio - 1                                                      # (K, C)
         per_token_loss = per_token_loss + beta * kl
     # mean over rows of mean over tokens, or what else LOSS_TYPES weighs them by
-    per_row = (per_token_loss * completion_mask).sum(1)                                           # (R,)
+    per_row = (per_token_loss * completion_mask).sum(1)                                           # (K,)
     return (per_row * token_weights).sum(), kl.detach(), clipped * A < ratio * A
 
 
@@ -842,10 +877,13 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
        gradients add up on these leaves, and each chunk's graph is freed at once.
     2. One backward carries the sum on through prompt and image tower.
 
-    This is the chain rule, cut at the keys and values; it is exact, and its memory does not grow with G.
+    This is the chain rule, cut at the keys and values; it is exact, and its memory does not grow with G, but
+    with cfg.score_tokens. (A chunk's rows each hold a copy of the prompt's keys and values, which counts where
+    completions are much shorter than the prompt.)
 
     advantages, token_weights: (N,). old_per_token_logps: (N, C), or None in the first pass over a rollout, in
-    which pi_old is pi. Returns the log-probabilities of this pass (N, C), and sums over all tokens to log.
+    which pi_old is pi. (Not the sampler's log-probabilities: it may compute in bf16, and the ratio would show
+    its rounding.) Returns the log-probabilities of this pass (N, C), and sums over all tokens to log.
     """
     per_token_logps = torch.zeros_like(rollout.sampling_logps)
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip"), 0.0)
@@ -857,22 +895,24 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
         for rows, ids, mask in pad_chunks(list(group_chunks(rollout, group, cfg)), num_processes):
             C = ids.shape[1]
             leaf_kv = [[leaf.to(x.dtype) for leaf, x in zip(*pair)] for pair in zip(leaves, prompt_kv)]
-            logps, entropy = policy(prompt, leaf_kv, ids, mask)                                   # (R, C)
+            logps, entropy = policy(prompt, leaf_kv, ids, mask)                                   # (K, C)
             old = logps.detach() if old_per_token_logps is None else old_per_token_logps[rows, :C]
             ref = ref_per_token_logps[rows, :C] if cfg.beta > 0 else None
             loss, kl, clipped = grpo_loss(logps, old, ref, advantages[rows], token_weights[rows], mask,
                                           cfg.epsilon, cfg.epsilon_high, cfg.beta)
-            # FSDP averages gradients over processes; token_weights count all processes' rows, so: a sum
+            # token_weights count all processes' rows, so gradients have to add up, but FSDP averages them
             (loss * num_processes).backward()                                                     # stage 1
-            per_token_logps[rows, :C] += logps.detach()
+            per_token_logps[rows, :C] += logps.detach()  # +=: an empty chunk adds 0 to a row that is there
             for name, values in dict(loss=loss, entropy=entropy, kl=kl * mask, clip=clipped * mask).items():
                 sums[name] += values.sum().item()
         ends = [x for kv in prompt_kv for x in kv]
         gradients = [leaf.grad.to(x.dtype) for leaf, x in zip((x for kv in leaves for x in kv), ends)]
-        if num_processes > 1:  # FSDP gathers a layer's weights when the gradient of its output
-            ends.append(last_hidden)       # arrives; the last layer's is 0 here, but it has to arrive
+        if num_processes > 1:
+            # FSDP gathers the weights of a layer for its backward when the gradient of its output arrives.
+            # The last layer's output leads nowhere, as only keys and values count, so a 0 is sent into it
+            ends.append(last_hidden)
             gradients.append(torch.zeros_like(last_hidden))
-        if ends[0].requires_grad:  # not if all that the prompt goes through is frozen
+        if ends[0].requires_grad:  # it does not for a question without image under --freeze llm
             torch.autograd.backward(ends, gradients)                                              # stage 2
     return per_token_logps, sums
 
@@ -896,14 +936,13 @@ def optimise(run, cfg, step, prompts, rollout, advantages, ref_logps):
         if math.isfinite(grad_norm):
             run.optimizer.step()
         run.optimizer.zero_grad()
-    sums["nll"] = -old_logps.sum().item()
+    sums["nll"] = -old_logps.sum().item()  # before the update
     sums["mismatch"] = ((old_logps - rollout.sampling_logps) * rollout.completion_mask).abs().max().item()
     return sums, grad_norm
 
 
 # ---- One training step: the six steps put together -------------------------------------------------------
 
-# `run` is what `setup` made: models, optimizer, data, tokenizer; `cfg` holds the settings of this stage.
 
 def train_step(run, cfg, step):
     """The recipe, once -> metrics, and the step's completions (of all processes) to be logged."""
@@ -920,7 +959,7 @@ def train_step(run, cfg, step):
     rows_of_texts = [row for row in rows for _ in range(G)]
     rewards = {} if sft else compute_rewards(cfg.rewards.split(","), texts, lengths, rows_of_texts)
     reward = sum(rewards.values(), torch.zeros(len(texts))).to(run.accelerator.device)            # (N,)
-    # 4. their advantages; a given completion is simply good
+    # 4. their advantages; with 1 for all, step 6 has the gradient of -log pi, SFT's cross-entropy
     advantages = group_advantages(reward, G, cfg.scale_rewards) if not sft else torch.ones_like(reward) # (N,)
     # 5. the frozen start's log-probabilities; the policy's own come with the update
     ref_logps = score_rollout(run.reference, prompts, rollout, cfg) if cfg.beta > 0 else None     # (N, C)
@@ -946,7 +985,8 @@ def summarise(samples, sums, cfg):
     """A step's completions (records) and each process's sums over their tokens -> metrics."""
     average = lambda name: statistics.mean(sample[name] for sample in samples)
     total = lambda name: sum(part[name] for part in sums)
-    groups = list(zip(*[iter(sample["reward"] for sample in samples)] * cfg.num_generations))
+    rewards, G = [sample["reward"] for sample in samples], cfg.num_generations
+    groups = [rewards[i:i + G] for i in range(0, len(rewards), G)]
     tokens = sum(sample["length"] for sample in samples)
     metrics = {
         "step": samples[0]["step"], "loss": total("loss"), "reward": average("reward"),
@@ -995,6 +1035,8 @@ def patch_embed_as_matmul(model):
 
 def load_processors(path, min_pixels=None, max_pixels=None):
     """-> tokenizer, image processor, which is PIL's: the same pixels everywhere, and no torchvision."""
+    if not Path(path).exists() and str(path).count("/") != 1:
+        fail(f"the model {path} is neither a folder that exists nor a hub id, such as Qwen/Qwen2-VL-2B")
     area = {k: v for k, v in dict(min_pixels=min_pixels, max_pixels=max_pixels).items() if v is not None}
     try:
         image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **area)
@@ -1197,8 +1239,9 @@ def setup(cfg):
     accelerator = make_accelerator(cfg)
     is_main, count = accelerator.is_main_process, accelerator.num_processes
     output_dir, = broadcast_object_list([choose_output_dir(cfg) if is_main else None])
-    if cfg.data == Config.data and not Path(cfg.data).exists() and is_main:
-        prepare_sat.make_toy(cfg.data)  # draws the toy world and trains its base model: some minutes, once
+    toy = {cfg.data: Config.data, cfg.model_name_or_path: Config.model_name_or_path}
+    if is_main and any(path == default and not Path(path).exists() for path, default in toy.items()):
+        prepare_sat.make_toy(Config.data)  # draws the toy world and trains its base model: some minutes, once
     accelerator.wait_for_everyone()
 
     last = checkpoints(output_dir)[-1:] if cfg.resume else []
@@ -1206,12 +1249,12 @@ def setup(cfg):
     tokenizer, image_processor = load_processors(start, cfg.min_pixels, cfg.max_pixels)
     template = choose_prompt(tokenizer, cfg.prompt)
     if template == "base":
-        tokenizer.chat_template = eval_cvbench.SERVED_PROMPT  # which the reference's checkpoints lack
+        tokenizer.chat_template = eval_cvbench.SERVED_PROMPT  # for servers; the reference saves none
     data_path, data = prepare_sat.load_rows(cfg.data)
     if cfg.algorithm == "sft" and "completion" not in data.column_names:
         template += "-direct"  # nothing but the answer to learn
     kept = prepare_sat.rows_that_fit(data, data_path, template, tokenizer, image_processor,
-                                     cfg.max_prompt_length, need_image=count > 1)
+                                     cfg.max_prompt_length, need_image=count > 1)  # all run the image tower
     eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
     policy, sampler, reference, optimizer, suppressed = build_models(cfg, start, accelerator, tokenizer)
     run = SimpleNamespace(
@@ -1250,7 +1293,7 @@ def main(argv=None):
     for step in tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
                      disable=not run.accelerator.is_main_process):
         metrics, samples = train_step(run, settings_at(cfg, step), step)
-        eval_cvbench.log_step(run, metrics, samples)
+        eval_cvbench.log_step(run, metrics, samples)  # which ends the run, if the gradient is not finite
         last = step + 1 == cfg.max_steps
         if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or last):
             eval_cvbench.track(run, step + 1)

@@ -274,10 +274,14 @@ g.REWARDS["letters"] = letters
 @pytest.fixture(scope="session")
 def train(model_dir, sat):
     """train(output_dir, *flags): three steps of --preset sat on the small model; flags override."""
-    flags = f"""--preset sat --model_name_or_path {model_dir} --data {sat} --max_steps 3 --save_steps 1
-        --prompts_per_step 2 --num_generations 4 --max_completion_length 8 --score_tokens 20 --eval_steps 0
-        --learning_rate 1e-3 --rewards accuracy,format,letters""".split()
-    return lambda output_dir, *more: g.main([*flags, "--output_dir", str(output_dir), *map(str, more)])
+    flags = f"""--preset sat --model_name_or_path {model_dir} --data {sat} --save_steps 1 --prompts_per_step 2
+        --score_tokens 20 --eval_steps 0 --learning_rate 1e-3 --rewards accuracy,format,letters""".split()
+    stage = "--max_steps 3 --num_generations 4 --max_completion_length 8".split()
+
+    def train(output_dir, *more):
+        limits = [] if "--stages" in more else stage
+        return g.main([*flags, *limits, "--output_dir", str(output_dir), *map(str, more)])
+    return train
 
 
 def jsonl(path, drop="seconds/"):
@@ -371,11 +375,18 @@ def test_sat_preset_is_the_papers():
 @pytest.mark.parametrize("flags", [
     "--preset paper", "--learning_rat 1", "--rewards accuracy,style", "--num_generations 1", "--max_steps 0",
     "--temperature 0", "--prompts_per_step 0", "--score_tokens 0", "--stages 10x20", "--stages 1x2x3,",
-    "--stages 1x2x3;4x5x6", "--stages 10x20x0", "--reward_file none.py", "--temperature nan",
-    "--learning_rate -1"])
+    "--stages 1x2x3;4x5x6", "--stages 10x20x0", "--max_steps 3 --preset vision-r1",
+    "--reward_file none.py", "--temperature nan", "--learning_rate -1"])
 def test_bad_settings_stop_with_one_sentence(flags):
     with stops(flags.split()[0]):
         g.main(flags.split())
+
+
+def test_help_shows_the_defaults_of_the_preset(capsys):
+    for flags, length in ["--help", 64], ["--help --preset sat", 700]:
+        with pytest.raises(SystemExit):
+            g.parse_config(flags.split())
+        assert re.search(rf"--max_completion_length .*\(default: {length}\)", capsys.readouterr().out)
 
 
 @pytest.mark.parametrize("flags, code", [
@@ -1454,7 +1465,7 @@ def test_stages_change_length_and_group_size_and_resume_in_the_right_one(train, 
 
 @pytest.mark.parametrize("code, words", [
     ("def mine(completion", ["SyntaxError"]), ("import nothing_here", ["nothing_here"]),
-    ("def other(completion, **_): return 1", ["--rewards mine", "unknown"]),
+    ("def other(completion, **_): return 1", ["--rewards", "mine is unknown"]),
     ("def mine(completion, **_): return [1, 2]", ["reward mine", "TypeError"]),
     ("def mine(completion, **_): return 0 / 0", ["reward mine", "ZeroDivisionError"]),
     ("def mine(completion): return 1", ["reward mine", "num_tokens"]),
@@ -1464,6 +1475,13 @@ def test_a_reward_file_with_a_bug_stops(code, words, train, tmp_path, monkeypatc
     (tmp_path / "rewards.py").write_text(code)
     with stops(*words):
         train(tmp_path / "run", "--reward_file", tmp_path / "rewards.py", "--rewards", "accuracy,mine")
+
+
+def test_a_reward_file_of_which_nothing_is_used_stops(tmp_path, monkeypatch):
+    monkeypatch.setattr(g, "REWARDS", dict(g.REWARDS))
+    (tmp_path / "rewards.py").write_text("def mine(completion, **_): return 1")
+    with stops("--reward_file", "mine"):
+        g.parse_config(["--reward_file", str(tmp_path / "rewards.py")])
 
 
 def test_free_answers_and_vision_r1s_wording_are_graded():
