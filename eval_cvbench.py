@@ -695,19 +695,22 @@ def report(run):
     if not run.accelerator.is_main_process:
         return
     show(run.output_dir, run.data)
-    run = run.output_dir
+    cfg, run = run.cfg, run.output_dir
     metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "eval.jsonl")
     for name in dict.fromkeys(s["set"] for s in scores):
         first, *_, last = [s for s in scores if s["set"] == name] * 2
         print(f"{name}: {first['accuracy']:.1f} -> {last['accuracy']:.1f} % right, greedy, "
               f"± {last['standard_error']:.1f} on {last['questions']} questions")
-    for key in ("rewards/accuracy", "rewards/format", "completions/mean_length"):
-        if metrics and key in metrics[0]:
+    for key in metrics[0] if metrics else ():
+        if key.startswith("rewards/") or key == "completions/mean_length":
             last = mean(m[key] for m in metrics[-10:])
             print(f"rollouts, {key}: {metrics[0][key]:.2f} at first -> {last:.2f} in the last 10 steps")
+    toy = cfg.preset == "toy" and cfg.data == type(cfg).data
+    on = "" if toy else f" --data {cfg.eval_data.replace(',', ' ')}"
     print(f"model:    {run}/final\nlook at:  {run}/curves.png  {run}/rollouts.html\n"
-          f"try next: python eval_cvbench.py --run {run}    # every checkpoint on all questions\n"
-          f"          python grpo_vision.py --loss_type dr_grpo --scale_rewards false")
+          f"try next: python eval_cvbench.py --run {run}{on}    # every checkpoint on all questions")
+    if toy:
+        print("          python grpo_vision.py --loss_type dr_grpo --scale_rewards false")
 
 
 def smooth(values, width):

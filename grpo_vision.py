@@ -7,19 +7,19 @@ reason before it answers. One training step is this recipe, and the sections bel
   2. Sample G completions of each prompt from the policy: N = B * G rows, prompt-major (row i: prompt i // G).
   3. Reward each completion by rule:    R_i = accuracy (right answer: 0 or 1) + format (well formed: 0 or 1)
   4. Compare it with its own group:     A_i = (R_i - mean(R)) / (std(R) + 1e-4)
-  5. Score each completion token c_t: its log-probability log pi(c_t | image, prompt, c_<t), by pi, the policy
-     in training, and by pi_ref, its frozen start.
+  5. Score each completion token c_t: its log-probability log pi(c_t | image, prompt, c_<t), by pi_ref, the
+     policy's frozen start (the reference), and by pi, the policy in training, as step 6 goes on from there.
   6. Make the tokens of better-than-average completions likelier, the others less, and stay close to pi_ref:
          ratio = pi / pi_old            kl = pi_ref / pi - log(pi_ref / pi) - 1
          loss  = mean over rows of mean over tokens of [-min(ratio A, clip(ratio, 1-eps, 1+eps) A) + beta kl]
-     pi_old is the policy as it was when step 5 first scored these completions, eps and beta are settings.
+     pi_old is the policy as it was when it first scored these completions; eps and beta are settings.
 
 One idea makes it fast. A group shares one image and one prompt, so these run through the model ONCE per
 pass, and the G completions branch off the keys and values they leave behind. It is exact: `encode_prompt`,
 `score`, and the two-stage backward in `update` show how.
 
-Symbols: B prompts, G samples of each, N = B * G rows (of one process, if there are several), K rows of one
-chunk, P prompt tokens, C completion tokens, H hidden size, V vocabulary. Tensor lines end in their shape:
+Symbols: B prompts, G samples of each, N = B * G rows (of one process, where several share a step), K rows of
+a chunk, P prompt tokens, C completion tokens, H hidden size, V vocabulary. Tensor lines end in their shape:
 # (N, C). `cfg` holds the settings (`Config`), and `run` what `setup`, near the end, makes of them once: the
 policy, which is trained, the sampler, its copy that samples, the reference, optimizer, tokenizer, data.
 
@@ -129,7 +129,7 @@ class Optimization:
 @dataclass
 class Machine:
     _argument_group_name = "machine and files"
-    score_tokens: int = setting(2048, "completion tokens scored at a time: bounds the memory of the update")
+    score_tokens: int = setting(2048, "completion tokens (or one completion) scored at a time: bounds memory")
     attn_implementation: str = setting("sdpa", "sdpa, eager, or flash_attention_2 if installed")
     save_steps: int = setting(100, "steps between checkpoints")
     save_total_limit: Optional[int] = setting(None, "checkpoints kept, the newest; default: all")
@@ -206,7 +206,7 @@ def check_config(cfg):
             fail(f"--rewards {name} is unknown; choose from: {', '.join(REWARDS)}")
     if cfg.reward_file and not set(found) & set(names):
         fail(f"--reward_file {cfg.reward_file}: --rewards names none of its functions: {', '.join(found)}")
-    least = dict(num_generations=2 if cfg.algorithm == "grpo" else 1,  # others to be measured by
+    least = dict(num_generations=2 if cfg.algorithm == "grpo" else 1,  # alone it has no mean to beat
                  prompts_per_step=1, max_completion_length=1, num_iterations=1, max_steps=1, score_tokens=1,
                  save_steps=1, save_total_limit=1, eval_steps=0, eval_limit=1, beta=0, epsilon=0,
                  max_grad_norm=0, learning_rate=0, weight_decay=0)
@@ -244,7 +244,7 @@ IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
 
 
 # The paper's templates, verbatim. The base model's prefills <think> and never mentions <answer>: that the
-# policy comes to write answer blocks is the format reward's doing. (The reference also leaves a literal
+# policy comes to write answer blocks is the format reward's doing. (The paper's code also leaves a literal
 # "<image>" in front.) The direct ones are for answers without reasoning.
 BASE_PROMPT = (
     "A conversation between User and Assistant. The user asks a question about the image, and the Assistant "
@@ -262,7 +262,8 @@ TEMPLATES = {
 
 
 def choose_prompt(tokenizer, prompt="auto"):
-    """-> "base" or "instruct"; auto: instruct if the chat template tells user from assistant."""
+    """-> "base" or "instruct"; auto: instruct if the chat template tells user from assistant, which that of
+    our base checkpoints does not."""
     if prompt != "auto":
         return prompt
     if tokenizer.chat_template is None:
@@ -350,11 +351,11 @@ def seeded(*key):
     return random.Random("/".join(map(str, key)))
 
 
-def draw(rows, seed, first, count):
-    """Entries first .. first + count - 1 of an endless walk over `rows`, shuffled anew in each epoch (and
-    for each entry: the simplest way to need nothing but its number)."""
-    n = len(rows)
-    return [seeded(seed, "epoch", i // n).sample(rows, n)[i % n] for i in range(first, first + count)]
+def draw(numbers, seed, first, count):
+    """Entries first .. first + count - 1 of an endless walk over row numbers, shuffled anew in each epoch.
+    Each entry is looked up in its epoch by its place alone: there is nothing to keep, or to replay."""
+    n = len(numbers)
+    return [seeded(seed, "epoch", i // n).sample(numbers, n)[i % n] for i in range(first, first + count)]
 
 
 def draw_batch(run, cfg, step):
@@ -377,15 +378,15 @@ def draw_batch(run, cfg, step):
 # ---- Step 2: run image and prompt through the model once, and branch off G completions -------------------
 
 # The policy answers, G times for each prompt, token by token. What the G have in common, image and prompt,
-# runs through the model once; sampling here and scoring in step 5 both go on from its keys and values.
+# runs through the model once per pass; sampling here and scoring in step 5 go on from its keys and values.
 
 def encode_prompt(model, prompt):
-    """Image tower and prompt, once -> for each layer (keys, values), each (1, kv_heads, P - 1, head_dim),
-    and the last hidden states (1, P - 1, H), which only `update` asks for, and only if there are several
-    processes.
+    """Image tower and prompt, once -> what each layer leaves, [keys of layer 0, values of layer 0, keys of
+    layer 1, ...], each (1, kv_heads, P - 1, head_dim), and the last hidden states (1, P - 1, H).
 
     The last prompt token is left out. It becomes the first input of every completion, whose output predicts
-    the first completion token; so keys and values are all that sampling and scoring need from here.
+    the first completion token; so keys and values are all that sampling and scoring need from here. (The
+    hidden states are for FSDP: see the end of `update`.)
     """
     ids = prompt.input_ids[:, :-1]
     inputs = dict(input_ids=ids, pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
@@ -394,8 +395,8 @@ def encode_prompt(model, prompt):
         is_image = (ids == model.config.image_token_id)[..., None]
         inputs = dict(inputs_embeds=embeds.masked_scatter(is_image, prompt.image_features.to(embeds.dtype)))
     output = model.model(position_ids=prompt.position_ids[:, :, :-1], use_cache=True, **inputs)
-    layers = output.past_key_values.layers
-    return [(layer.keys, layer.values) for layer in layers], output.last_hidden_state
+    prompt_kv = [x for layer in output.past_key_values.layers for x in (layer.keys, layer.values)]
+    return prompt_kv, output.last_hidden_state
 
 
 class BranchLayer(DynamicLayer):
@@ -403,8 +404,9 @@ class BranchLayer(DynamicLayer):
 
     room 0: new keys are joined by `torch.cat`, which autograd follows (scoring). Otherwise space for `room`
     tokens is set aside and written in place, because a `cat` at every token would copy the whole cache
-    (sampling). place: (1,) where the next key goes, if shapes must stay the same at every token; then all
-    the space is attended to, and the mask has to hide what is not yet written.
+    (sampling). place: (1,) where the next key goes, if shapes must stay the same at every token; one tensor,
+    which all layers share and `Decoder.feed` moves on in place. Then all the space is attended to, and the
+    mask has to hide what is not yet written.
     """
     def __init__(self, keys, values, room=0, place=None):
         super().__init__()
@@ -427,7 +429,7 @@ def token_logps(model, hidden, temperature, suppressed):
     """(..., H) hidden states -> (..., V) log-probabilities, the one place where states become a distribution.
 
     suppressed: (V,) bool, tokens that are never drawn (`suppressed_tokens`). Sampling and scoring must
-    share it, and the temperature (which the reference code ignores), or the policy that is trained would
+    share it, and the temperature (which the paper's code ignores), or the policy that is trained would
     not be the one whose samples were rewarded.
     """
     logits = model.lm_head(hidden)
@@ -453,17 +455,15 @@ class Decoder:
     def __init__(self, model, prompts, num_generations, room, fixed=None):
         encoded = [encode_prompt(model, prompt)[0] for prompt in prompts]
         repeat = lambda x: x.repeat_interleave(num_generations, 0)
-        lengths = torch.tensor([layers[0][0].shape[2] for layers in encoded])                     # (B,)
+        lengths = torch.tensor([prompt_kv[0].shape[2] for prompt_kv in encoded])                  # (B,)
         longest = int(lengths.max())                                                              # P - 1
         left_pad = lambda x: nn.functional.pad(x, (0, 0, longest - x.shape[2], 0))
         self.model, self.fixed = model, model.device.type == "cuda" if fixed is None else fixed
         self.masked = self.fixed or len(set(lengths.tolist())) > 1  # attention is faster without a mask
         self.place = torch.tensor([longest], device=model.device)  # where the next keys and values go
-        layers = []
-        for pairs in zip(*encoded):  # of one layer: (keys, values) of each prompt
-            keys = repeat(torch.cat([left_pad(keys) for keys, _ in pairs]))
-            values = repeat(torch.cat([left_pad(values) for _, values in pairs]))
-            layers.append(BranchLayer(keys, values, room, self.place if self.fixed else None))
+        kv = [repeat(torch.cat([left_pad(x) for x in of_prompts])) for of_prompts in zip(*encoded)]
+        layers = [BranchLayer(keys, values, room, self.place if self.fixed else None)
+                  for keys, values in zip(kv[::2], kv[1::2])]
         self.cache = Cache(layers=layers)
         self.tokens = repeat(torch.cat([prompt.input_ids[:, -1:] for prompt in prompts]))         # (N, 1)
         start = torch.tensor([[prompt.next_position - 1] for prompt in prompts])
@@ -479,7 +479,9 @@ class Decoder:
         if self.model.device.type != "cuda":
             return self.forward()
         if self.replay is None:
-            warm_up = torch.cuda.Stream()  # libraries set themselves up on first use, outside the recording
+            # libraries set themselves up on first use, outside the recording; the replay will write over what
+            # this writes, at the same place
+            warm_up = torch.cuda.Stream()
             warm_up.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(warm_up):
                 self.forward()
@@ -515,6 +517,7 @@ class Decoder:
 
 @dataclass
 class Rollout:
+    """What comes of letting the policy run: G completions of each prompt."""
     completion_ids: torch.Tensor   # (N, C) padded on the right
     completion_mask: torch.Tensor  # (N, C) bool, True up to the end token, which counts: it was chosen too
     sampling_logps: torch.Tensor   # (N, C) log-probability of each token when it was drawn
@@ -525,7 +528,7 @@ class Rollout:
 def sample(model, prompts, num_generations, max_completion_length, temperature, suppressed, eos_ids,
            generator=None):
     """Draw G completions of each prompt (temperature 0: the likeliest tokens) -> Rollout, rows prompt-major,
-    like everything here. (The reference's completions are sample-major and its images and answers are
+    like everything here. (In the paper's code completions are sample-major, but images and answers are
     prompt-major, which fits for one prompt per device only.)
 
     All N rows decode together. A row that is done leaves the batch; on a GPU it waits until half are done.
@@ -540,7 +543,7 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
     running = torch.ones(N, dtype=torch.bool, device=device)  # for each of these: is it not done yet?
     for t in range(limit):
         logps = token_logps(model, decoder.step(), temperature or 1.0, suppressed)                # (rows, V)
-        if temperature > 0:  # argmax(log p - log(-log U)), U uniform, draws from p: the Gumbel trick
+        if temperature > 0:  # argmax(log p - log(-log U)), U uniform, draws from p as torch.multinomial would
             noise = torch.rand_like(logps, generator=generator).log_().neg_().log_()
             tokens = (logps - noise).argmax(-1, keepdim=True)                                     # (rows, 1)
         else:
@@ -553,7 +556,7 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
         if not (left := int(running.sum())):
             break
         decoder.feed(tokens)
-        if left <= (len(rows) // 2 if decoder.fixed else len(rows) - 1):
+        if 2 * left <= len(rows) if decoder.fixed else left < len(rows):  # a new graph costs time
             decoder.keep(running)
             rows, running = rows[running], running[running]
     C = int(num_tokens.max())
@@ -649,7 +652,7 @@ def accuracy_reward(completion, answer, options, **_):
 
 
 def format_reward(completion, **_):
-    """1 if the completion is exactly one think block and then exactly one answer block, not empty; else 0.
+    """1 if the completion is one think block and then one answer block that is not empty, no more; else 0.
 
     >>> format_reward("<think> hm </think> <answer> left </answer>"), format_reward("<answer> left </answer>")
     (1.0, 0.0)
@@ -702,13 +705,14 @@ def compute_rewards(names, texts, lengths, rows):
 
 # ---- Step 4: the advantages, each completion against its own group ---------------------------------------
 
-# A reward says little by itself: 1 is poor where the siblings got 2. The advantage is the comparison.
+# A reward says little by itself: 1 is poor where the siblings got 2. The advantage compares. To subtract such
+# a baseline leaves the direction of the mean gradient as it is, and takes away most of its noise.
 
 def group_advantages(rewards, num_generations, scale_rewards=True):
     """(N,) rewards, prompt-major -> (N,) advantages A = (R - mean) / (std + 1e-4) per group; unbiased std.
 
     The group is its own baseline: no value network (DeepSeekMath, arXiv 2402.03300, section 4.1.2; the 1e-4
-    is the reference code's). scale_rewards=False leaves A = R - mean: the std gives more weight to questions
+    is from the paper's code). scale_rewards=False leaves A = R - mean: the std gives more weight to questions
     nearly always right, or wrong (Dr. GRPO, arXiv 2503.20783). A group without spread gets exactly 0.
     """
     groups = rewards.view(-1, num_generations)                                                    # (B, G)
@@ -735,9 +739,10 @@ def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature
     K, C = completion_ids.shape
     inputs = torch.cat([prompt.input_ids[:, -1:].expand(K, 1), completion_ids[:, :-1]], 1)        # (K, C)
     positions = torch.arange(C, device=inputs.device) + prompt.next_position - 1                  # (C,)
-    cache = Cache(layers=[BranchLayer(*(x.expand(K, -1, -1, -1) for x in kv)) for kv in prompt_kv])
+    kv = [x.expand(K, -1, -1, -1) for x in prompt_kv]
+    cache = Cache(layers=[BranchLayer(keys, values) for keys, values in zip(kv[::2], kv[1::2])])
     hidden = model.model(input_ids=inputs, position_ids=positions.expand(3, K, C),
-                         past_key_values=cache).last_hidden_state                                 # (K, C, H)
+                         past_key_values=cache).last_hidden_state  # [:, t] predicts token t       (K, C, H)
     logps = token_logps(model, hidden[completion_mask], temperature, suppressed)                 # (tokens, V)
     chosen = logps.gather(-1, completion_ids[completion_mask][:, None])[:, 0]                     # (tokens,)
     with torch.no_grad():
@@ -790,14 +795,14 @@ def group_chunks(rollout, group, cfg):
 
 
 @torch.no_grad()
-def score_rollout(policy, prompts, rollout, cfg):
-    """(N, C) log-probabilities of the rollout, without gradient; `policy` is the reference model's, which is
-    whole on every process, so that none has to wait for another with empty chunks (see `pad_chunks`)."""
+def score_rollout(reference, prompts, rollout, cfg):
+    """(N, C) log-probabilities of the rollout by the reference, a `Policy` too, without gradient. It is whole
+    on every process, not sharded, so that none has to wait for another here."""
     per_token_logps = torch.zeros_like(rollout.sampling_logps)
     for group, prompt in enumerate(prompts):
-        prompt_kv, _ = policy(prompt)
+        prompt_kv, _ = reference(prompt)
         for rows, ids, mask in group_chunks(rollout, group, cfg):
-            per_token_logps[rows, :ids.shape[1]] = policy(prompt, prompt_kv, ids, mask)[0]
+            per_token_logps[rows, :ids.shape[1]] = reference(prompt, prompt_kv, ids, mask)[0]
     return per_token_logps
 
 
@@ -818,7 +823,7 @@ LOSS_TYPES = {
 
 
 def weigh_tokens(lengths, finished, cfg):
-    """(N,) lengths of the step's rows, (N,) bool -> (N,) what a token of each row counts in the loss."""
+    """Lengths of the rows of all processes, and bool -> what a token of each row counts in the loss."""
     kept = finished if cfg.mask_truncated_completions else torch.ones_like(finished)
     # a row that is not kept counts as one without tokens: almost 0 of them, not to divide by 0
     lengths = (lengths.double() * kept).clamp(min=1e-9)
@@ -840,8 +845,8 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     a token that has moved by epsilon in the direction of its A is pushed no further; and hence the min: one
     that has moved the other way is pushed on.
 
-    What is printed: with num_iterations 1 the ratio is 1. Where every row counts the same (loss_type "grpo"),
-    the A of a group cancel, and the printed loss is beta * KL, near 0. Its gradient is not 0.
+    What is logged: with num_iterations 1 the ratio is 1. Where every row counts the same (loss_type "grpo"),
+    the A of a group cancel, and the logged loss is beta * KL, near 0. Its gradient is not 0.
     """
     A = advantages[:, None]                                                                       # (K, 1)
     # ratio = pi / pi_old
@@ -877,9 +882,9 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
        gradients add up on these leaves, and each chunk's graph is freed at once.
     2. One backward carries the sum on through prompt and image tower.
 
-    This is the chain rule, cut at the keys and values; it is exact, and its memory does not grow with G, but
-    with cfg.score_tokens. (A chunk's rows each hold a copy of the prompt's keys and values, which counts where
-    completions are much shorter than the prompt.)
+    This is the chain rule, cut at the keys and values, and exact. Memory holds the graph of one prompt and of
+    one chunk, which is cfg.score_tokens tokens, or one completion if that is longer, whatever G is. (A row of
+    a chunk holds a copy of the prompt's keys and values, which counts if completions are much shorter.)
 
     advantages, token_weights: (N,). old_per_token_logps: (N, C), or None in the first pass over a rollout, in
     which pi_old is pi. (Not the sampler's log-probabilities: it may compute in bf16, and the ratio would show
@@ -890,11 +895,11 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
     for group, prompt in enumerate(prompts):
         prompt_kv, last_hidden = policy(prompt)
         # the sum over chunks is kept in float32, whatever the keys and values are computed in
-        leaves = [[x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_() for x in kv]
-                  for kv in prompt_kv]
+        leaves = [x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
+                  for x in prompt_kv]
         for rows, ids, mask in pad_chunks(list(group_chunks(rollout, group, cfg)), num_processes):
             C = ids.shape[1]
-            leaf_kv = [[leaf.to(x.dtype) for leaf, x in zip(*pair)] for pair in zip(leaves, prompt_kv)]
+            leaf_kv = [leaf.to(x.dtype) for leaf, x in zip(leaves, prompt_kv)]  # freed with the chunk's graph
             logps, entropy = policy(prompt, leaf_kv, ids, mask)                                   # (K, C)
             old = logps.detach() if old_per_token_logps is None else old_per_token_logps[rows, :C]
             ref = ref_per_token_logps[rows, :C] if cfg.beta > 0 else None
@@ -905,21 +910,19 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
             per_token_logps[rows, :C] += logps.detach()  # +=: an empty chunk adds 0 to a row that is there
             for name, values in dict(loss=loss, entropy=entropy, kl=kl * mask, clip=clipped * mask).items():
                 sums[name] += values.sum().item()
-        ends = [x for kv in prompt_kv for x in kv]
-        gradients = [leaf.grad.to(x.dtype) for leaf, x in zip((x for kv in leaves for x in kv), ends)]
+        ends, gradients = prompt_kv, [leaf.grad.to(x.dtype) for leaf, x in zip(leaves, prompt_kv)]
         if num_processes > 1:
             # FSDP gathers the weights of a layer for its backward when the gradient of its output arrives.
             # The last layer's output leads nowhere, as only keys and values count, so a 0 is sent into it
-            ends.append(last_hidden)
-            gradients.append(torch.zeros_like(last_hidden))
+            ends, gradients = [*ends, last_hidden], [*gradients, torch.zeros_like(last_hidden)]
         if ends[0].requires_grad:  # it does not for a question without image under --freeze llm
             torch.autograd.backward(ends, gradients)                                              # stage 2
     return per_token_logps, sums
 
 
 def optimise(run, cfg, step, prompts, rollout, advantages, ref_logps):
-    """num_iterations updates of the weights -> sums over tokens to log, of the last one, and the norm of its
-    gradient before clipping. Where that is not finite, the weights stay as they are."""
+    """num_iterations updates of the weights -> of the last one: the sums that `update` returns, and the norm
+    of the gradient before clipping. An update whose norm is not finite leaves the weights as they are."""
     accelerator = run.accelerator
     lengths = rollout.completion_mask.sum(1)                                                      # (N,)
     everyones = weigh_tokens(accelerator.gather(lengths), accelerator.gather(rollout.finished), cfg)
@@ -1215,7 +1218,7 @@ def build_models(cfg, start, accelerator, tokenizer):
         suppressed = torch.zeros_like(suppressed)  # plain cross-entropy, over all the vocabulary
     towers = dict(vision=[model.model.visual], llm=[model.model.language_model, model.lm_head])
     for tower in towers.get(cfg.freeze, []):
-        tower.requires_grad_(False)  # called; the reference code assigns to the name, which freezes nothing
+        tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
     dtype = torch.bfloat16 if bf16 else torch.float32
     plain = lambda path: load_model(path, dtype=dtype).to(device).requires_grad_(False)
     sampler = model if single and not bf16 else plain(start)
@@ -1239,8 +1242,8 @@ def setup(cfg):
     accelerator = make_accelerator(cfg)
     is_main, count = accelerator.is_main_process, accelerator.num_processes
     output_dir, = broadcast_object_list([choose_output_dir(cfg) if is_main else None])
-    toy = {cfg.data: Config.data, cfg.model_name_or_path: Config.model_name_or_path}
-    if is_main and any(path == default and not Path(path).exists() for path, default in toy.items()):
+    toy = {Config.data, Config.model_name_or_path} & {cfg.data, cfg.model_name_or_path}
+    if is_main and not all(Path(path).exists() for path in toy):
         prepare_sat.make_toy(Config.data)  # draws the toy world and trains its base model: some minutes, once
     accelerator.wait_for_everyone()
 
@@ -1249,7 +1252,7 @@ def setup(cfg):
     tokenizer, image_processor = load_processors(start, cfg.min_pixels, cfg.max_pixels)
     template = choose_prompt(tokenizer, cfg.prompt)
     if template == "base":
-        tokenizer.chat_template = eval_cvbench.SERVED_PROMPT  # for servers; the reference saves none
+        tokenizer.chat_template = eval_cvbench.SERVED_PROMPT  # for servers; the paper's code saves none
     data_path, data = prepare_sat.load_rows(cfg.data)
     if cfg.algorithm == "sft" and "completion" not in data.column_names:
         template += "-direct"  # nothing but the answer to learn

@@ -354,7 +354,7 @@ def test_every_flag_and_metric_in_the_readme_exists(trained, capsys):
                                    for name, line in links), links
     for script in re.findall(r"\b(?:bench/)?\w+\.py\b", readme):
         assert (folder / script).exists() or script == "my_rewards.py", script
-    table = readme[readme.index("| name in `metrics.jsonl`"):readme.index("Out of memory:")]
+    table = readme[readme.index("| name in `metrics.jsonl`"):readme.index("Out of memory in the update:")]
     rows = [line.split("|") for line in table.splitlines()[2:] if line.startswith("|")]
     named = {name for row in rows for name in re.findall(r"`([^`]+)`", row[1])}
     metrics = jsonl(trained[0] / "metrics.jsonl", drop="-")
@@ -705,7 +705,8 @@ def test_completions_that_saw_one_another_would_be_found_out(model, prompts, rol
     positions = (torch.arange(ids.shape[1]) + prompt.next_position - 1).expand(3, 1, -1)
     with torch.no_grad():
         right = policy(prompt, policy(prompt)[0], ids, torch.ones_like(ids).bool())[0][1]
-        cache = Cache(layers=[g.BranchLayer(*kv) for kv in policy(prompt)[0]])
+        prompt_kv, _ = policy(prompt)
+        cache = Cache(layers=[g.BranchLayer(*kv) for kv in zip(prompt_kv[::2], prompt_kv[1::2])])
         for one in inputs:  # the second behind the first in one cache, but at the right positions
             hidden = model.model(input_ids=one[None], position_ids=positions, past_key_values=cache)[0]
         leaky = g.token_logps(model, hidden[0], 1.0, suppressed).gather(-1, ids[1][:, None])[:, 0]

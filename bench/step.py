@@ -23,11 +23,11 @@ Sample output (two cores, medians of three repeats; the TRL row from a run with 
 
     | phase | usual way, s | ours, s | ratio |
     |---|--:|--:|--:|
-    | rollout | 8.71 | 5.38 | 1.6x |
-    | reference | 5.03 | 1.26 | 4.0x |
-    | update | 24.08 | 3.71 | 6.5x |
-    | reference + update | 29.01 | 4.97 | 5.8x |
-    | **whole step** | 38.15 | 10.35 | 3.7x |
+    | rollout | 7.33 | 3.61 | 2.0x |
+    | reference | 4.39 | 1.00 | 4.4x |
+    | update | 20.89 | 3.18 | 6.6x |
+    | reference + update | 25.28 | 4.18 | 6.0x |
+    | **whole step** | 32.40 | 7.93 | 4.1x |
     | whole step, TRL's GRPOTrainer (earlier) | 37.70 | 8.48 | 4.4x |
 
     | memory of the update, MiB | G = 2 | G = 4 | G = 8 | G = 16 | 16 against 2 |
