@@ -846,7 +846,7 @@ def data_url(image, side=224):
 
 # ---- The command -----------------------------------------------------------------------------------------
 
-def main(argv=None):
+def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", help="folders or hub ids; default: runs/toy/final and its base")
@@ -872,10 +872,15 @@ def main(argv=None):
     parser.add_argument("--image", nargs="+", default=[], help="images that --ask is about")
     parser.add_argument("--top_p", type=float, default=0.95, help="with --ask: of the likeliest tokens")
     args = parser.parse_args(argv)
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     if (args.temperature or 0) < 0 or not 0 < args.top_p <= 1:
         fail("--temperature must be at least 0, and --top_p above 0 and at most 1")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     if args.compare:
         return compare(args.compare)
     # processes meet at the end only, however slow one is; cpu: or without a GPU each would think itself alone
