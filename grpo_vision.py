@@ -94,8 +94,8 @@ class Rollouts:
     _argument_group_name = "prompt and rollout"
     prompt: Literal["auto", "base", "instruct"] = setting("auto", "by the chat template; or base, instruct")
     max_prompt_length: int = setting(1024, "tokens, images included; longer prompts are dropped, never cut")
-    min_pixels: Optional[int] = setting(None, "pixels; smaller images are enlarged; default: the model's")
-    max_pixels: Optional[int] = setting(None, "pixels; larger images are shrunk; default: the model's")
+    min_pixels: Optional[int] = setting(None, "pixels; smaller images are enlarged to it; None: the model's")
+    max_pixels: Optional[int] = setting(None, "pixels; larger images are shrunk to it; None: the model's")
     prompts_per_step: int = setting(8, "questions per step, over all processes")
     num_generations: int = setting(8, "G, completions per prompt")
     max_completion_length: int = setting(700, "tokens at most per completion")
@@ -205,7 +205,8 @@ def check_config(cfg):
         if name not in REWARDS:
             fail(f"--rewards {name} is unknown; choose from: {', '.join(REWARDS)}")
     if cfg.reward_file and not set(found) & set(names):
-        fail(f"--reward_file {cfg.reward_file}: --rewards names none of its functions: {', '.join(found)}")
+        fail(f"--reward_file {cfg.reward_file}: --rewards names none of its functions ({', '.join(found)}); "
+             "name one, or leave the file out by --reward_file ''")
     least = dict(num_generations=2 if cfg.algorithm == "grpo" else 1,  # alone it has no mean to beat
                  prompts_per_step=1, max_completion_length=1, num_iterations=1, max_steps=1, score_tokens=1,
                  save_steps=1, save_total_limit=1, eval_steps=0, eval_limit=1, beta=0, epsilon=0,
@@ -213,6 +214,8 @@ def check_config(cfg):
     for flag, bound in least.items():
         if getattr(cfg, flag) is not None and getattr(cfg, flag) < bound:
             fail(f"--{flag} {getattr(cfg, flag)}: must be at least {bound}")
+    if cfg.algorithm == "grpo" and any(generations < 2 for _, _, generations in stages_of(cfg)):
+        fail(f"--stages {cfg.stages}: at least 2 generations, or a completion has no mean to beat")
     if not cfg.temperature > 0:
         fail(f"--temperature {cfg.temperature}: must be above 0, or a group's completions are all equal")
 
@@ -231,7 +234,8 @@ def settings_at(cfg, step):
     """-> cfg with the length and group size of the stage to which `step` (from 0) belongs."""
     for steps, length, generations in stages_of(cfg):
         if step < steps:
-            return dataclasses.replace(cfg, max_completion_length=length, num_generations=generations)
+            G = generations if cfg.algorithm == "grpo" else 1
+            return dataclasses.replace(cfg, max_completion_length=length, num_generations=G)
         step -= steps
 
 
@@ -352,10 +356,12 @@ def seeded(*key):
 
 
 def draw(numbers, seed, first, count):
-    """Entries first .. first + count - 1 of an endless walk over row numbers, shuffled anew in each epoch.
-    Each entry is looked up in its epoch by its place alone: there is nothing to keep, or to replay."""
-    n = len(numbers)
-    return [seeded(seed, "epoch", i // n).sample(numbers, n)[i % n] for i in range(first, first + count)]
+    """Entries first .. first + count - 1 of an endless walk over row numbers, shuffled anew in each epoch;
+    they are found by their place alone, so that there is nothing to keep, or to replay."""
+    n, last = len(numbers), first + count - 1
+    epochs = range(first // n, last // n + 1)
+    walks = {epoch: seeded(seed, "epoch", epoch).sample(numbers, n) for epoch in epochs}
+    return [walks[i // n][i % n] for i in range(first, last + 1)]
 
 
 def draw_batch(run, cfg, step):
@@ -450,7 +456,7 @@ class Decoder:
 
     fixed: all of it takes part in every step, behind a mask, so that no shape ever changes. A CUDA graph
     needs that: on a GPU the step is recorded once and replayed, because launching its hundreds of kernels
-    takes longer than running them. Not fixed (the CPU's way): a step takes part of what is written.
+    takes longer than running them. Not fixed (on a CPU): only what is already written takes part in a step.
     """
     def __init__(self, model, prompts, num_generations, room, fixed=None):
         encoded = [encode_prompt(model, prompt)[0] for prompt in prompts]
@@ -543,9 +549,12 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
     running = torch.ones(N, dtype=torch.bool, device=device)  # for each of these: is it not done yet?
     for t in range(limit):
         logps = token_logps(model, decoder.step(), temperature or 1.0, suppressed)                # (rows, V)
-        if temperature > 0:  # argmax(log p - log(-log U)), U uniform, draws from p as torch.multinomial would
-            noise = torch.rand_like(logps, generator=generator).log_().neg_().log_()
-            tokens = (logps - noise).argmax(-1, keepdim=True)                                     # (rows, 1)
+        if temperature > 0:
+            # the token at which the sum of the probabilities passes u, uniform in [0, 1); in float64, because
+            # 150,000 unlikely tokens add up to something, and float32 would round them away
+            cumulative = logps.double().exp_().cumsum(-1)                                         # (rows, V)
+            u = torch.rand(len(rows), 1, dtype=torch.float64, device=device, generator=generator)
+            tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)           # (rows, 1)
         else:
             tokens = logps.argmax(-1, keepdim=True)
         completion_ids[rows[running], t] = tokens[running, 0]
@@ -590,7 +599,7 @@ def given_completions(run, cfg, rows, prompts):
 
 # ---- Step 3: the rewards, pure functions of the text -----------------------------------------------------
 
-# Rules judge a completion by its text alone, so that there is nothing to train, or to deceive, but them.
+# Rules judge a completion by its text alone; no reward model has to be trained, or can be deceived.
 
 ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 WELL_FORMED = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
@@ -921,8 +930,9 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
 
 
 def optimise(run, cfg, step, prompts, rollout, advantages, ref_logps):
-    """num_iterations updates of the weights -> of the last one: the sums that `update` returns, and the norm
-    of the gradient before clipping. An update whose norm is not finite leaves the weights as they are."""
+    """num_iterations updates of the weights -> sums over tokens to log and the norm of the gradient before
+    clipping, of the last update, but nll and mismatch of the first. An update whose norm is not finite leaves
+    the weights as they are."""
     accelerator = run.accelerator
     lengths = rollout.completion_mask.sum(1)                                                      # (N,)
     everyones = weigh_tokens(accelerator.gather(lengths), accelerator.gather(rollout.finished), cfg)
@@ -1242,8 +1252,8 @@ def setup(cfg):
     accelerator = make_accelerator(cfg)
     is_main, count = accelerator.is_main_process, accelerator.num_processes
     output_dir, = broadcast_object_list([choose_output_dir(cfg) if is_main else None])
-    toy = {Config.data, Config.model_name_or_path} & {cfg.data, cfg.model_name_or_path}
-    if is_main and not all(Path(path).exists() for path in toy):
+    wants_toy = cfg.data == Config.data or cfg.model_name_or_path == Config.model_name_or_path
+    if is_main and wants_toy and not Path(Config.data).exists():
         prepare_sat.make_toy(Config.data)  # draws the toy world and trains its base model: some minutes, once
     accelerator.wait_for_everyone()
 

@@ -793,7 +793,7 @@ def test_sampling_is_seeded_and_ignores_the_models_generation_config(model, prom
         return g.sample(model, prompts, 3, 9, 1.0, suppressed, ENDS, seed(number)).completion_ids
     plain = copy.deepcopy(model)
     plain.generation_config = GenerationConfig()
-    assert model.generation_config.top_k == 1 and len(rollout.completion_ids.unique(dim=0)) == 12
+    assert model.generation_config.top_k == 1 and len(rollout.completion_ids.unique(dim=0)) > 8
     assert torch.equal(draw(plain, 3), rollout.completion_ids)
     assert not torch.equal(draw(model, 4), rollout.completion_ids)
 
