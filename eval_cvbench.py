@@ -44,10 +44,10 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from grpo_vision import (ANSWER_BLOCK, BASE_PROMPT, IMAGE_TOKENS, build_prompt, build_question, choose,
-                         choose_prompt, completion_text, end_tokens, extract_answer, fail, grade, load_model,
-                         load_processors, normalise, open_image, render, sample, seeded, set_threads,
-                         suppressed_tokens, upright)
+from grpo_vision import (ANSWER_BLOCK, BASE_PROMPT, IMAGE_TOKENS, PRESETS, build_prompt, build_question,
+                         choose, choose_prompt, completion_text, end_tokens, extract_answer, fail, grade,
+                         load_model, load_processors, normalise, open_image, render, sample, seeded,
+                         set_threads, suppressed_tokens, upright)
 
 # ---- The questions ---------------------------------------------------------------------------------------
 
@@ -237,12 +237,12 @@ NAMED_LETTER = re.compile(r"\(([a-z])\)|^([a-z])[).:] |\b(?:answer is|answer:|op
 
 
 def read_choice(answer, options):
-    """-> the option that `answer` (from `read_answer`) chooses, or None: by `choose`, as in training, or else
+    """-> the option that `answer` (from `read_answer`) chooses, or None. First by `choose`, as in training.
 
-    a sentence chooses if it names exactly one option, by text or letter, or does so after its last "answer
-    is" or "answer:"; where all options are numbers, words count as digits, unless the answer has digits too
-    ("the left one: 3"). What names two options chooses none: the paper's code takes a match anywhere, so that
-    "either left or right" may be right there. A table of cases is in test_grpo.py.
+    If that finds none, a sentence chooses if it names exactly one option, by text or letter, or does so after
+    its last "answer is" or "answer:"; where all options are numbers, words count as digits, unless the answer
+    has digits too ("the left one: 3"). What names two options chooses none: the paper's code takes a match
+    anywhere, so that "either left or right" may be right there. A table of cases is in test_grpo.py.
 
     >>> choose("So it is left.", ["right", "left"]), read_choice("So it is left.", ["right", "left"])
     (None, 'left')
@@ -253,6 +253,8 @@ def read_choice(answer, options):
         return choose(answer, options)
     options = options or []
     answer, texts = normalise(answer), [normalise(option) for option in options]
+    if re.fullmatch(r"\(?[a-z]\)?", answer):
+        return None  # a letter beyond the options
     by_letter = dict(zip("abcdefghijklmnopqrstuvwxyz", options))
     digits = lambda text: re.sub("[a-z]+", lambda word: NUMBERS.get(word[0], word[0]), text)
     if all(re.fullmatch(r"\d+", digits(text)) for text in texts):
@@ -695,7 +697,7 @@ def report(run):
     if not run.accelerator.is_main_process:
         return
     show(run.output_dir, run.data)
-    cfg, run = run.cfg, run.output_dir
+    cfg, template, run = run.cfg, run.template, run.output_dir
     metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(run / "eval.jsonl")
     for name in dict.fromkeys(s["set"] for s in scores):
         first, *_, last = [s for s in scores if s["set"] == name] * 2
@@ -705,11 +707,12 @@ def report(run):
         if key.startswith("rewards/") or key == "completions/mean_length":
             last = mean(m[key] for m in metrics[-10:])
             print(f"rollouts, {key}: {metrics[0][key]:.2f} at first -> {last:.2f} in the last 10 steps")
-    toy = cfg.preset == "toy" and cfg.data == type(cfg).data
+    toy = cfg.eval_data == type(cfg)(**PRESETS["toy"]).eval_data
     on = "" if toy else f" --data {cfg.eval_data.replace(',', ' ')}"
+    on += " --modes direct" if template.endswith("-direct") else ""
     print(f"model:    {run}/final\nlook at:  {run}/curves.png  {run}/rollouts.html\n"
           f"try next: python eval_cvbench.py --run {run}{on}    # every checkpoint on all questions")
-    if toy:
+    if toy and cfg.algorithm == "grpo":
         print("          python grpo_vision.py --loss_type dr_grpo --scale_rewards false")
 
 

@@ -152,7 +152,8 @@ PRESETS = {
                 save_steps=50, eval_steps=10, eval_data="data/toy/cvbench,data/toy/test.parquet"),
     "sat": SAT,
     # the paper's baseline: the same questions, answered without reasoning; 3750 x 8 is twice 15,000 rows
-    "sat-sft": dict(SAT, algorithm="sft", learning_rate=2e-5, max_steps=3750, loss_type="dapo"),
+    "sat-sft": dict(SAT, algorithm="sft", learning_rate=2e-5, max_steps=3750, loss_type="dapo", beta=0.0,
+                    num_generations=1),
     # Vision-R1 (arXiv 2503.06749), after its cold start: --model_name_or_path is the result of that
     "vision-r1": dict(SAT, rewards="hard", beta=0.01, epsilon=0.2, stages="100x4096x16,100x8192x8"),
 }
@@ -162,6 +163,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
     """--help with one line per setting and the preset's defaults; no metavar, and no default that is None."""
     def __init__(self, prog):
         super().__init__(prog, max_help_position=32, width=132)
+
+    def add_argument(self, action):
+        if not action.option_strings[0].startswith("--no_"):  # transformers' other way to say "false"
+            super().add_argument(action)
 
     def _format_action_invocation(self, action):
         return action.option_strings[0]

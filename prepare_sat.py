@@ -320,7 +320,7 @@ def load_rows(path):
 
 def rows_that_fit(data, path, template, tokenizer, image_processor, max_prompt_length, need_image=False):
     """-> the numbers of the rows whose prompt, in this template, is no longer than max_prompt_length tokens;
-    none is cut. (The reference cuts prompts for its masks, but not for generation.)
+    none is cut. (The paper's code cuts prompts for its masks, but not for generation.)
     Stops at a row that cannot be trained on. need_image: as several processes do, which share the image
     tower's work and all have to take part."""
     def prompt_length(number, row):

@@ -1478,6 +1478,23 @@ def test_a_reward_file_with_a_bug_stops(code, words, train, tmp_path, monkeypatc
         train(tmp_path / "run", "--reward_file", tmp_path / "rewards.py", "--rewards", "accuracy,mine")
 
 
+def test_sft_keeps_one_completion_in_stages_and_grpo_needs_two():
+    flags = ["--stages", "1x8x2,1x9x4"]
+    assert g.settings_at(g.parse_config([*flags, "--algorithm", "sft"]), 1).num_generations == 1
+    assert g.settings_at(g.parse_config(flags), 1).num_generations == 4
+    with stops("--stages 1x8x2,1x9x1", "2 generations"):
+        g.parse_config(["--stages", "1x8x2,1x9x1"])
+
+
+def test_a_toy_folder_without_its_base_is_not_replaced(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("data/toy").mkdir(parents=True)
+    Path("data/toy/notes.txt").write_text("mine")
+    with stops("data/toy/base"):
+        g.main(["--eval_steps", "0"])
+    assert Path("data/toy/notes.txt").read_text() == "mine" and not Path("runs").exists()
+
+
 def test_a_reward_file_of_which_nothing_is_used_stops(tmp_path, monkeypatch):
     monkeypatch.setattr(g, "REWARDS", dict(g.REWARDS))
     (tmp_path / "rewards.py").write_text("def mine(completion, **_): return 1")
@@ -1506,6 +1523,15 @@ def test_hard_and_length_rewards():
                                  "<think> a </think> <answer> right </answer>": 0,
                                  "<answer> left </answer>": 0}.items():
         assert g.hard_reward(completion, **row) == expected and g.length_reward(completion, **row) == 0.007
+
+
+def test_the_memory_benchmark_measures_both_ways():
+    tiny = """--num_generations 2 --completion_length 8 --image_size 56 --text_tokens 4 --vocab 64 --hidden 32
+        --intermediate 32 --layers 1 --heads 2 --kv_heads 1 --vision_hidden 32 --vision_layers 1
+        --vision_heads 2 --threads 1""".split()
+    for way in "ours", "usual":
+        command = [sys.executable, Path(g.__file__).parent / "bench/step.py", *tiny, "--measure", way]
+        assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) >= 0
 
 
 # ---- One process or many ---------------------------------------------------------------------------------

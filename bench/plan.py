@@ -48,7 +48,7 @@ def parse_args(argv=None):
     parser.add_argument("--num_processes", type=int, default=1)
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cpu for --preset toy, else cuda")
     parser.add_argument("--prompt_tokens", type=int, help="default: --max_prompt_length")
-    parser.add_argument("--check", action="store_true", help="beside measured growth, in three shapes")
+    parser.add_argument("--check", action="store_true", help="beside measured growth, in four shapes")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # a child of --check
     args, rest = parser.parse_known_args(argv)
     cfg = gv.parse_config(rest)
