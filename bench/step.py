@@ -23,11 +23,11 @@ Sample output (two cores, medians of three repeats; the TRL row from a run with 
 
     | phase | usual way, s | ours, s | ratio |
     |---|--:|--:|--:|
-    | rollout | 7.33 | 3.61 | 2.0x |
-    | reference | 4.39 | 1.00 | 4.4x |
-    | update | 20.89 | 3.18 | 6.6x |
-    | reference + update | 25.28 | 4.18 | 6.0x |
-    | **whole step** | 32.40 | 7.93 | 4.1x |
+    | rollout | 6.93 | 3.69 | 1.9x |
+    | reference | 4.38 | 1.05 | 4.2x |
+    | update | 20.68 | 3.09 | 6.7x |
+    | reference + update | 25.06 | 4.13 | 6.1x |
+    | **whole step** | 32.00 | 7.97 | 4.0x |
     | whole step, TRL's GRPOTrainer (earlier) | 37.70 | 8.48 | 4.4x |
 
     | memory of the update, MiB | G = 2 | G = 4 | G = 8 | G = 16 | 16 against 2 |
