@@ -557,7 +557,7 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
         if temperature > 0:
             # the token at which the sum of the probabilities passes u, uniform in [0, 1); in float64, because
             # 150,000 unlikely tokens add up to something, and float32 would round them away
-            cumulative = logps.double().exp_().cumsum(-1)                                         # (rows, V)
+            cumulative = logps.to(torch.float64, copy=True).exp_().cumsum(-1)                     # (rows, V)
             u = torch.rand(len(rows), 1, dtype=torch.float64, device=device, generator=generator)
             tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)           # (rows, 1)
         else:
