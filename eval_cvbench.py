@@ -45,9 +45,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from grpo_vision import (ANSWER_BLOCK, BASE_PROMPT, IMAGE_TOKENS, PRESETS, build_prompt, build_question,
-                         choose, choose_prompt, completion_text, end_tokens, extract_answer, fail, grade,
-                         load_model, load_processors, normalise, open_image, render, sample, seeded,
-                         set_threads, suppressed_tokens, upright)
+                         checkpoints, choose, choose_prompt, completion_text, end_tokens, extract_answer,
+                         fail, grade, load_model, load_processors, normalise, open_image, render, sample,
+                         seeded, set_threads, suppressed_tokens, upright)
 
 # ---- The questions ---------------------------------------------------------------------------------------
 
@@ -890,7 +890,7 @@ def main(argv=None):
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     args.dtype = args.dtype or ("bfloat16" if state.device.type == "cuda" else "float32")
     if args.model is None:
-        args.model = checkpoints(args.run or Path("runs/toy"), only_ends=args.run is None)
+        args.model = models_of(args.run or Path("runs/toy"), only_ends=args.run is None)
     if args.ask:
         return ask(args, state.device)
     args.temperature = args.temperature or 0.0
@@ -913,13 +913,12 @@ def main(argv=None):
         print(f"drawn from these scores: {args.run}/curves.png")
 
 
-def checkpoints(run, only_ends):
+def models_of(run, only_ends):
     """-> the model that a run started from and its checkpoints in order; or only its start and its final/."""
     if not (run / "config.json").exists() or only_ends and not (run / "final").exists():
         fail(f"{run} is not a finished run; `python grpo_vision.py` makes one, or name a --model")
     start = json.loads((run / "config.json").read_text())["model_name_or_path"]
-    saved = sorted(run.glob("checkpoint-*[0-9]"), key=lambda path: int(path.name.split("-")[1]))
-    return [start, *map(str, [run / "final"] if only_ends else saved)]
+    return [start, *map(str, [run / "final"] if only_ends else checkpoints(run))]
 
 
 def load(name, args, device):

@@ -11,8 +11,9 @@ reason before it answers. One training step is this recipe, and the sections bel
      policy's frozen start (the reference), and by pi, the policy in training, as step 6 goes on from there.
   6. Make the tokens of better-than-average completions likelier, the others less, and stay close to pi_ref:
          ratio = pi / pi_old            kl = pi_ref / pi - log(pi_ref / pi) - 1
-         loss  = mean over rows of mean over tokens of [-min(ratio A, clip(ratio, 1-eps, 1+eps) A) + beta kl]
-     pi_old is the policy as it was when it first scored these completions; eps and beta are settings.
+         loss  = mean over rows of mean over tokens of
+                 [-min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta kl]
+     pi_old is the policy as it was when it first scored these completions; epsilon and beta are settings.
 
 One idea makes it fast. A group shares one image and one prompt, so these run through the model ONCE per
 pass, and the G completions branch off the keys and values they leave behind. It is exact: `encode_prompt`,
@@ -53,6 +54,7 @@ import transformers
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from PIL import Image, ImageOps
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
                                                      get_optimizer_state_dict, set_optimizer_state_dict)
@@ -70,6 +72,8 @@ def fail(message):
 
 
 # ---- Settings --------------------------------------------------------------------------------------------
+
+# What can be set, what the presets set, and which values cannot be. The story begins with step 1.
 
 def setting(default, help):
     return dataclasses.field(default=default, metadata={"help": help})
@@ -152,10 +156,9 @@ PRESETS = {
                 save_steps=50, eval_steps=10, eval_data="data/toy/cvbench,data/toy/test.parquet"),
     "sat": SAT,
     # the paper's baseline: the same questions, answered without reasoning; 3750 x 8 is twice 15,000 rows
-    "sat-sft": dict(SAT, algorithm="sft", learning_rate=2e-5, max_steps=3750, loss_type="dapo", beta=0.0,
-                    num_generations=1),
+    "sat-sft": dict(SAT, algorithm="sft", learning_rate=2e-5, max_steps=3750, loss_type="dapo"),
     # Vision-R1 (arXiv 2503.06749), after its cold start: --model_name_or_path is the result of that
-    "vision-r1": dict(SAT, rewards="hard", beta=0.01, epsilon=0.2, stages="100x4096x16,100x8192x8"),
+    "vision-r1": dict(SAT, rewards="hard", beta=0.01, stages="100x4096x16,100x8192x8"),
 }
 
 
@@ -212,15 +215,15 @@ def check_config(cfg):
     if cfg.reward_file and not set(found) & set(names):
         fail(f"--reward_file {cfg.reward_file}: --rewards names none of its functions ({', '.join(found)}); "
              "name one, or leave the file out by --reward_file ''")
-    least = dict(num_generations=2 if cfg.algorithm == "grpo" else 1,  # alone it has no mean to beat
-                 prompts_per_step=1, max_completion_length=1, num_iterations=1, max_steps=1, score_tokens=1,
-                 save_steps=1, save_total_limit=1, eval_steps=0, eval_limit=1, beta=0, epsilon=0,
-                 max_grad_norm=0, learning_rate=0, weight_decay=0)
+    least = dict(prompts_per_step=1, num_generations=1, max_completion_length=1, num_iterations=1,
+                 max_steps=1, score_tokens=1, save_steps=1, save_total_limit=1, eval_steps=0, eval_limit=1,
+                 beta=0, epsilon=0, max_grad_norm=0, learning_rate=0, weight_decay=0)
     for flag, bound in least.items():
         if getattr(cfg, flag) is not None and getattr(cfg, flag) < bound:
             fail(f"--{flag} {getattr(cfg, flag)}: must be at least {bound}")
     if cfg.algorithm == "grpo" and any(generations < 2 for _, _, generations in stages_of(cfg)):
-        fail(f"--stages {cfg.stages}: at least 2 generations, or a completion has no mean to beat")
+        flag = f"stages {cfg.stages}" if cfg.stages else f"num_generations {cfg.num_generations}"
+        fail(f"--{flag}: at least 2 generations, or a completion has no mean to beat")
     if not cfg.temperature > 0:
         fail(f"--temperature {cfg.temperature}: must be above 0, or a group's completions are all equal")
 
@@ -729,11 +732,12 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
     is from the paper's code). scale_rewards=False leaves A = R - mean: the std gives more weight to questions
     nearly always right, or wrong (Dr. GRPO, arXiv 2503.20783). A group without spread gets exactly 0.
     """
-    groups = rewards.view(-1, num_generations)                                                    # (B, G)
-    A = groups - groups.mean(1, keepdim=True)                                                     # (B, G)
+    R = rewards.view(-1, num_generations)                                                         # (B, G)
+    # A = (R - mean(R)) / (std(R) + 1e-4)
+    A = R - R.mean(1, keepdim=True)                                                               # (B, G)
     if scale_rewards:
-        A = A / (groups.std(1, keepdim=True) + 1e-4)
-    has_spread = groups.amax(1, keepdim=True) > groups.amin(1, keepdim=True)  # std > 0 could be rounding
+        A = A / (R.std(1, keepdim=True) + 1e-4)                                                   # (B, G)
+    has_spread = R.amax(1, keepdim=True) > R.amin(1, keepdim=True)  # std > 0 could be rounding     (B, 1)
     return torch.where(has_spread, A, 0.0).view(-1)                                               # (N,)
 
 
@@ -837,7 +841,7 @@ LOSS_TYPES = {
 
 
 def weigh_tokens(lengths, finished, cfg):
-    """Lengths of the rows of all processes, and bool -> what a token of each row counts in the loss."""
+    """(rows,) lengths of all processes' rows, (rows,) bool -> (rows,) weights of a token of each."""
     kept = finished if cfg.mask_truncated_completions else torch.ones_like(finished)
     # a row that is not kept counts as one without tokens: almost 0 of them, not to divide by 0
     lengths = (lengths.double() * kept).clamp(min=1e-9)
@@ -874,8 +878,9 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     if beta > 0:
         log_ratio = ref_per_token_logps - per_token_logps
         kl = log_ratio.exp() - log_ratio - 1                                                      # (K, C)
-        per_token_loss = per_token_loss + beta * kl
-    # mean over rows of mean over tokens, or what else LOSS_TYPES weighs them by
+        per_token_loss = per_token_loss + beta * kl                                               # (K, C)
+    # loss = sum over rows of token_weights * sum over tokens, which with weights of 1 / (rows * tokens of the
+    # row) is the mean over rows of the mean over tokens; LOSS_TYPES has others
     per_row = (per_token_loss * completion_mask).sum(1)                                           # (K,)
     return (per_row * token_weights).sum(), kl.detach(), clipped * A < ratio * A
 
@@ -961,6 +966,7 @@ def optimise(run, cfg, step, prompts, rollout, advantages, ref_logps):
 
 # ---- One training step: the six steps put together -------------------------------------------------------
 
+# The recipe from one end to the other: `train_step` is what `main` repeats.
 
 def train_step(run, cfg, step):
     """The recipe, once -> metrics, and the step's completions (of all processes) to be logged."""
@@ -1023,6 +1029,8 @@ def summarise(samples, sums, cfg):
 
 
 # ---- Around the algorithm: the model, the files ----------------------------------------------------------
+
+# What the steps above took for granted: a model, its tokenizer and images, the folder of a run.
 
 def load_model(path, attn_implementation="sdpa", dtype=torch.float32):
     """Folder or hub id -> Qwen2-VL, without dropout. float32 is said aloud: the published files load as bf16,
@@ -1124,6 +1132,8 @@ def checkpoints(output_dir):
 
 # ---- One process or many ---------------------------------------------------------------------------------
 
+# Where the weights live, and how they get to the sampler, to the disk and back.
+
 def make_accelerator(cfg):
     """One process: float32 weights, no wrapper (on a GPU, bf16 autocast). Several, of whatever device: FSDP2,
     which shards float32 weights, gradients and optimizer state, and computes in bf16 on GPUs.
@@ -1187,8 +1197,8 @@ def save_model(folder, run, with_state=False):
     temporary = folder.with_name(folder.name + ".tmp")
     try:
         write_model(temporary, run, with_state)
-    # a full disk comes as OSError, SafetensorError, or CheckpointException, which is no Exception
-    except (Exception, distributed_checkpoint.api.CheckpointException) as error:
+    # as which a full disk comes, from python, torch, safetensors and torch's checkpoints
+    except (OSError, RuntimeError, SafetensorError, distributed_checkpoint.api.CheckpointException) as error:
         free = shutil.disk_usage(run.output_dir).free / 2**20  # torch's own reason can be a riddle
         shutil.rmtree(temporary, ignore_errors=True)
         last = (checkpoints(run.output_dir) or ["no checkpoint yet"])[-1]
@@ -1217,6 +1227,8 @@ def load_optimizer(folder, run):
 
 
 # ---- A run -----------------------------------------------------------------------------------------------
+
+# `setup` makes everything once, `main` repeats the step, evaluates and saves.
 
 def build_models(cfg, start, accelerator, tokenizer):
     """Folder or hub id `start` -> policy, sampler, reference (or None), optimizer, suppressed (V,).
