@@ -52,6 +52,8 @@ def main():
     parser.add_argument("--toy", type=Path, default=Path("data/toy"))
     parser.add_argument("--steps", type=int, default=5, help="timed, after the first two")
     args = parser.parse_args()
+    if not (args.toy / "base").exists():
+        sys.exit(f"error: --toy {args.toy} has no base model; make it by `python prepare_sat.py --toy`")
     print("| processes x threads | seconds per step | CPU seconds per step |\n|---|--:|--:|")
     with tempfile.TemporaryDirectory() as work:
         count = write_model(args.toy, Path(work))
