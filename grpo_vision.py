@@ -8,7 +8,8 @@ reason before it answers. One training step is this recipe, and the sections bel
   3. Reward each completion by rule:    R_i = accuracy (right answer: 0 or 1) + format (well formed: 0 or 1)
   4. Compare it with its own group:     A_i = (R_i - mean(R)) / (std(R) + 1e-4)
   5. Score each completion token c_t: its log-probability log pi(c_t | image, prompt, c_<t), by pi_ref, the
-     policy's frozen start (the reference), and by pi, the policy in training, as step 6 goes on from there.
+     policy's frozen start (the reference), and by pi, the policy in training; this last is done within
+     step 6, whose backward starts from it.
   6. Make the tokens of better-than-average completions likelier, the others less, and stay close to pi_ref:
          ratio = pi / pi_old            kl = pi_ref / pi - log(pi_ref / pi) - 1
          loss  = mean over rows of mean over tokens of
@@ -19,10 +20,11 @@ One idea makes it fast. A group shares one image and one prompt, so these run th
 pass, and the G completions branch off the keys and values they leave behind. It is exact: `encode_prompt`,
 `score`, and the two-stage backward in `update` show how.
 
-Symbols: B prompts, G samples of each, N = B * G rows (of one process, where several share a step), K rows of
-a chunk, P prompt tokens, C completion tokens, H hidden size, V vocabulary. Tensor lines end in their shape:
-# (N, C). `cfg` holds the settings (`Config`), and `run` what `setup`, near the end, makes of them once: the
-policy, which is trained, the sampler, its copy that samples, the reference, optimizer, tokenizer, data.
+Symbols: B prompts, G samples of each, N = B * G rows (from here on those of one process, where several share
+a step), K rows of a chunk, P prompt tokens, C completion tokens, H hidden size, V vocabulary. Tensor lines
+end in their shape: # (N, C). `cfg` holds the settings (`Config`), and `run` what `setup`, near the end, makes
+of them once: the policy, which is trained, the sampler, its copy that samples, the reference, optimizer,
+tokenizer, data.
 
     accelerate launch grpo_vision.py                                 # a toy: any laptop, offline, minutes
     accelerate launch grpo_vision.py --preset sat --max_steps 100    # Qwen2-VL-2B on SAT, on a GPU
@@ -134,7 +136,7 @@ class Optimization:
 class Machine:
     _argument_group_name = "machine and files"
     score_tokens: int = setting(2048, "completion tokens (or one completion) scored at a time: bounds memory")
-    attn_implementation: str = setting("sdpa", "sdpa, eager, or flash_attention_2 if installed")
+    attn_implementation: str = setting("sdpa", "for scoring: sdpa, eager, or flash_attention_2 if installed")
     save_steps: int = setting(100, "steps between checkpoints")
     save_total_limit: Optional[int] = setting(None, "checkpoints kept, the newest; default: all")
     eval_steps: int = setting(100, "steps between evaluations while training; 0: none")
@@ -198,7 +200,7 @@ def parse_config(argv=None):
     for name in ("max_steps", "max_completion_length", "num_generations") if cfg.stages else ():
         if any(word.split("=")[0].replace("-", "_") == f"__{name}" for word in argv):
             fail(f"--{name} is set by --stages {cfg.stages}; change that, or leave it out by --stages ''")
-    if cfg.algorithm == "sft":  # one completion per prompt, always as good; nothing to stay close to
+    if cfg.algorithm == "sft":  # one completion per prompt, with advantage 1; nothing to stay close to
         cfg.num_generations, cfg.beta, cfg.temperature = 1, 0.0, 1.0
     check_config(cfg)
     cfg.max_steps = sum(steps for steps, _, _ in stages_of(cfg))
@@ -274,8 +276,10 @@ TEMPLATES = {
 
 
 def choose_prompt(tokenizer, prompt="auto"):
-    """-> "base" or "instruct"; auto: instruct if the chat template tells user from assistant, which that of
-    our base checkpoints does not."""
+    """-> "base" or "instruct"; auto: instruct if the chat template tells user from assistant. (The one that
+    is saved with base models renders both alike: eval_cvbench.SERVED_PROMPT.)"""
+    if prompt == "instruct" and tokenizer.chat_template is None:
+        fail("--prompt instruct: the model has no chat template to put the question in; take --prompt base")
     if prompt != "auto":
         return prompt
     if tokenizer.chat_template is None:
@@ -358,8 +362,8 @@ def build_prompt(text, images, tokenizer, image_processor, model):
 
 
 def seeded(*key):
-    """random.Random of `key` alone. Each draw has its own key, (seed, purpose, step, rank), and depends on no
-    draw before it, so that a resumed run has nothing to replay."""
+    """random.Random of `key` alone. Each draw has its own key, such as (seed, "sample", step, rank), and
+    depends on no draw before it, so that a resumed run has nothing to replay."""
     return random.Random("/".join(map(str, key)))
 
 
@@ -373,7 +377,7 @@ def draw(numbers, seed, first, count):
 
 
 def draw_batch(run, cfg, step):
-    """This process's share of the step's B questions -> row numbers, rows (dicts), Prompts."""
+    """This process's B of the step's questions -> row numbers, rows (dicts), Prompts."""
     B, rank = cfg.prompts_per_step // run.accelerator.num_processes, run.accelerator.process_index
     numbers = draw(run.kept, cfg.seed, step * cfg.prompts_per_step + rank * B, B)
     rows, prompts = [run.data[i] for i in numbers], []
@@ -573,7 +577,8 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
         if not (left := int(running.sum())):
             break
         decoder.feed(tokens)
-        if 2 * left <= len(rows) if decoder.fixed else left < len(rows):  # a new graph costs time
+        few = len(rows) / 2 if decoder.fixed else len(rows) - 1  # a new graph costs time
+        if left <= few:
             decoder.keep(running)
             rows, running = rows[running], running[running]
     C = int(num_tokens.max())
@@ -744,7 +749,8 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
 # ---- Step 5: the log-probability of each completion token ------------------------------------------------
 
 # How likely is each token of the completions, to the policy in training, and to its frozen start? All tokens
-# are known by now, so one pass scores them all, for as many rows at a time as score_tokens admits.
+# are known by now, so one pass scores them all, for as many rows at a time as score_tokens admits. The start
+# is asked here, by `score_rollout`; the policy in step 6, by the same `score`, with the graph for backward.
 
 def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature, suppressed):
     """Log-probabilities and (without gradient) entropy of K completions, each (K, C), 0 where masked.
@@ -814,8 +820,8 @@ def group_chunks(rollout, group, cfg):
 
 @torch.no_grad()
 def score_rollout(reference, prompts, rollout, cfg):
-    """(N, C) log-probabilities of the rollout by the reference, a `Policy` too, without gradient. It is whole
-    on every process, not sharded, so that none has to wait for another here."""
+    """(N, C) log-probabilities of the rollout by the reference, a `Policy` too, without gradient. Every
+    process has the whole reference, not a shard, so that none has to wait for another here."""
     per_token_logps = torch.zeros_like(rollout.sampling_logps)
     for group, prompt in enumerate(prompts):
         prompt_kv, _ = reference(prompt)
@@ -897,13 +903,15 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
            num_processes=1):
     """Leave the gradient of the step's loss in the policy, by a backward in two stages:
 
-    1. Chunk by chunk, forward and backward from the prompt's keys and values only, detached: their
-       gradients add up on these leaves, and each chunk's graph is freed at once.
-    2. One backward carries the sum on through prompt and image tower.
+    1. Chunk by chunk, completions run forward on top of the prompt's keys and values, detached, and backward.
+       That leaves on the weights the completions' part of the gradient; the prompt's part stops at the
+       detached keys and values, where it adds up over the chunks. Each chunk's graph is freed at once.
+    2. One backward for each prompt carries that sum on, through prompt and image tower, to the weights.
 
     This is the chain rule, cut at the keys and values, and exact. Memory holds the graph of one prompt and of
-    one chunk, which is cfg.score_tokens tokens, or one completion if that is longer, whatever G is. (A row of
-    a chunk holds a copy of the prompt's keys and values, which counts if completions are much shorter.)
+    one chunk, which is cfg.score_tokens tokens at most, or one completion that is longer: a larger G makes
+    more chunks, not larger ones. (A row of a chunk holds a copy of the prompt's keys and values, which counts
+    if completions are much shorter.)
 
     advantages, token_weights: (N,). old_per_token_logps: (N, C), or None in the first pass over a rollout, in
     which pi_old is pi. (Not the sampler's log-probabilities: it may compute in bf16, and the ratio would show
@@ -932,7 +940,8 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
         ends, gradients = prompt_kv, [leaf.grad.to(x.dtype) for leaf, x in zip(leaves, prompt_kv)]
         if num_processes > 1:
             # FSDP gathers the weights of a layer for its backward when the gradient of its output arrives.
-            # The last layer's output leads nowhere, as only keys and values count, so a 0 is sent into it
+            # The last layer's output leads nowhere, as only keys and values count, and none would arrive: a 0
+            # is sent into it
             ends, gradients = [*ends, last_hidden], [*gradients, torch.zeros_like(last_hidden)]
         if ends[0].requires_grad:  # it does not for a question without image under --freeze llm
             torch.autograd.backward(ends, gradients)                                              # stage 2
@@ -942,7 +951,7 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
 def optimise(run, cfg, step, prompts, rollout, advantages, ref_logps):
     """num_iterations updates of the weights -> sums over tokens to log and the norm of the gradient before
     clipping, of the last update, but nll and mismatch of the first. An update whose norm is not finite leaves
-    the weights as they are."""
+    the weights as they are, and is the last."""
     accelerator = run.accelerator
     lengths = rollout.completion_mask.sum(1)                                                      # (N,)
     everyones = weigh_tokens(accelerator.gather(lengths), accelerator.gather(rollout.finished), cfg)
@@ -959,6 +968,8 @@ def optimise(run, cfg, step, prompts, rollout, advantages, ref_logps):
         if math.isfinite(grad_norm):
             run.optimizer.step()
         run.optimizer.zero_grad()
+        if not math.isfinite(grad_norm):
+            break
     sums["nll"] = -old_logps.sum().item()  # before the update
     sums["mismatch"] = ((old_logps - rollout.sampling_logps) * rollout.completion_mask).abs().max().item()
     return sums, grad_norm
@@ -1033,8 +1044,8 @@ def summarise(samples, sums, cfg):
 # What the steps above took for granted: a model, its tokenizer and images, the folder of a run.
 
 def load_model(path, attn_implementation="sdpa", dtype=torch.float32):
-    """Folder or hub id -> Qwen2-VL, without dropout. float32 is said aloud: the published files load as bf16,
-    in which updates as small as 1e-6 are rounded away."""
+    """Folder or hub id -> Qwen2-VL, without dropout. float32 is asked for, as the published files would load
+    as bf16, in which updates as small as 1e-6 are rounded away."""
     try:
         model, report = Qwen2VLForConditionalGeneration.from_pretrained(
             path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True)
@@ -1197,7 +1208,7 @@ def save_model(folder, run, with_state=False):
     temporary = folder.with_name(folder.name + ".tmp")
     try:
         write_model(temporary, run, with_state)
-    # as which a full disk comes, from python, torch, safetensors and torch's checkpoints
+    # what a full disk raises in python, torch, safetensors and torch's checkpoints
     except (OSError, RuntimeError, SafetensorError, distributed_checkpoint.api.CheckpointException) as error:
         free = shutil.disk_usage(run.output_dir).free / 2**20  # torch's own reason can be a riddle
         shutil.rmtree(temporary, ignore_errors=True)
@@ -1247,9 +1258,12 @@ def build_models(cfg, start, accelerator, tokenizer):
     for tower in towers.get(cfg.freeze, []):
         tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
     dtype = torch.bfloat16 if bf16 else torch.float32
-    plain = lambda path: load_model(path, dtype=dtype).to(device).requires_grad_(False)
-    sampler = model if single and not bf16 else plain(start)
-    reference = Policy(plain(cfg.model_name_or_path), cfg.temperature, suppressed) if cfg.beta > 0 else None
+    plain = lambda path, attention: load_model(path, attention, dtype).to(device).requires_grad_(False)
+    sampler = model if single and not bf16 else plain(start, "sdpa")  # its masks are not for flash attention
+    reference = None
+    if cfg.beta > 0:
+        frozen = plain(cfg.model_name_or_path, cfg.attn_implementation)
+        reference = Policy(frozen, cfg.temperature, suppressed)
     policy = Policy(model, cfg.temperature, suppressed, autocast=single and bf16)
     optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
                                   lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
@@ -1331,8 +1345,10 @@ def main(argv=None):
         if (step + 1) % cfg.save_steps == 0 or last or stopping:
             save_checkpoint(run, step + 1)
         if stopping and not last:
+            count = run.accelerator.num_processes
+            program = f"accelerate launch --num_processes {count}" if count > 1 else "python"
             run.accelerator.print(f"stopped after step {step + 1}, which is saved; go on with:\n"
-                                  f"    python grpo_vision.py --resume --output_dir {run.output_dir}")
+                                  f"    {program} grpo_vision.py --resume --output_dir {run.output_dir}")
             return run.accelerator.end_training()
     save_model(run.output_dir / "final", run)
     run.accelerator.end_training()

@@ -424,6 +424,9 @@ def test_the_chat_template_chooses_the_prompt(chat_template, prompt, expected, p
     tokenizer = copy.deepcopy(processors[0])
     tokenizer.chat_template = chat_template
     assert g.choose_prompt(tokenizer, prompt) == expected
+    tokenizer.chat_template = None
+    with stops("--prompt instruct", "no chat template"):
+        g.choose_prompt(tokenizer, "instruct")
 
 
 @pytest.mark.parametrize("images, start", [
@@ -1788,13 +1791,16 @@ def test_output_dir_in_use_is_refused_or_overwritten(train, tmp_path):
 def test_nan_loss_stops_and_keeps_the_last_checkpoint(train, tmp_path, monkeypatch):
     run = tmp_path / "run"
 
+    calls = []  # of step 2; by the later ones the gradient would be finite again
+
     def grpo_loss(*args, right=g.grpo_loss):
         loss, *rest = right(*args)
-        return loss * math.nan if (run / "checkpoint-1").exists() else loss, *rest
+        calls.extend([1] * (run / "checkpoint-1").exists())
+        return loss * math.nan if len(calls) == 1 else loss, *rest
 
     with monkeypatch.context() as patch, stops("step 2", "nan", "bad_batch.jsonl"):
         patch.setattr(g, "grpo_loss", grpo_loss)
-        train(run)
+        train(run, "--num_iterations", 2)
     assert len(jsonl(run / "bad_batch.jsonl")) == 8 and len(jsonl(run / "metrics.jsonl")) == 1
     assert not (run / "checkpoint-2").exists() and not (run / "final").exists()
     assert all(p.isfinite().all() for p in g.load_model(str(run / "checkpoint-1")).parameters())

@@ -168,7 +168,7 @@ def make_plan(args, cfg):
 
     rows = [("weights, float32", F32 * count.total / n, F32 * count.total / n, "--num_processes"),
             ("gradients", 0, F32 * count.trained / n, "--num_processes, --freeze"),
-            ("AdamW's two means", 2 * F32 * count.trained / n, 2 * F32 * count.trained / n,
+            ("AdamW's two moments", 2 * F32 * count.trained / n, 2 * F32 * count.trained / n,
              "--num_processes, --freeze")]
     sampler = 0 if single and not bf16 else compute * count.total
     rows.append(("sampler", sampler, sampler, ""))

@@ -1,6 +1,6 @@
 """Seconds per training step with one process and with two, sharded over gloo, on the CPU.
 
-    python bench/scaling.py                        # 47M parameters with random weights, the toy's questions
+    python bench/scaling.py                        # 43M parameters with random weights, the toy's questions
 
 Both do the same work: 8 questions x 4 completions x 32 tokens per step (a random model hardly ever draws the
 end token). Wall-clock is what counts on a quiet machine. CPU seconds, of all processes together, say what

@@ -19,15 +19,15 @@ Memory of the update is its peak minus what was held before (weights and gradien
 fresh process, on Linux or a GPU. There --score_tokens is 256, two completions of 128 at a time: the
 program's 2048 would take G = 16 in one chunk, and the memory would still grow from G = 2 to 16.
 
-Sample output (two cores, medians of three repeats; the TRL row from a run with --trl, memory from another):
+Sample output (two cores, medians of seven repeats; the TRL row from a run with --trl, memory from another):
 
     | phase | usual way, s | ours, s | ratio |
     |---|--:|--:|--:|
-    | rollout | 6.93 | 3.69 | 1.9x |
-    | reference | 4.38 | 1.05 | 4.2x |
-    | update | 20.68 | 3.09 | 6.7x |
-    | reference + update | 25.06 | 4.13 | 6.1x |
-    | **whole step** | 32.00 | 7.97 | 4.0x |
+    | rollout | 6.90 | 3.36 | 2.1x |
+    | reference | 4.35 | 1.03 | 4.2x |
+    | update | 20.69 | 3.32 | 6.2x |
+    | reference + update | 25.08 | 4.35 | 5.8x |
+    | **whole step** | 32.08 | 7.89 | 4.1x |
     | whole step, TRL's GRPOTrainer (earlier) | 37.70 | 8.48 | 4.4x |
 
     | memory of the update, MiB | G = 2 | G = 4 | G = 8 | G = 16 | 16 against 2 |
