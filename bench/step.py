@@ -28,7 +28,7 @@ Sample output (two cores, medians of seven repeats; the TRL row from a run with 
     | update | 20.69 | 3.32 | 6.2x |
     | reference + update | 25.08 | 4.35 | 5.8x |
     | **whole step** | 32.08 | 7.89 | 4.1x |
-    | whole step, TRL's GRPOTrainer (earlier) | 37.70 | 8.48 | 4.4x |
+    | whole step, TRL's GRPOTrainer | 30.53 | 6.93 | 4.4x |
 
     | memory of the update, MiB | G = 2 | G = 4 | G = 8 | G = 16 | 16 against 2 |
     |---|--:|--:|--:|--:|--:|
