@@ -142,6 +142,19 @@ def count(folder):
             pass
 
 
+def asked(folder):
+    """-> the mode and question of every whole line in its results. A process's file whose lines are all in
+    the file of the mode already was merged into it, and the kill came before it was removed."""
+    whole_lines = lambda path: [x for x in path.read_text().splitlines(keepends=True) if x.endswith("\n")]
+    found = []
+    for path in folder.glob("*.jsonl"):
+        mode, lines = path.name.split(".")[0], whole_lines(path)
+        merged = folder / f"{mode}.jsonl"
+        if path == merged or not merged.exists() or not set(lines) <= set(whole_lines(merged)):
+            found += [(mode, line.split(", ")[0]) for line in lines]
+    return found
+
+
 def kill(args):
     """Runs until all is answered, killed args.kill times on the way -> a line that says what happened."""
     rng, folder = random.Random(args.seed), Path(args.scratch)
@@ -166,8 +179,7 @@ def kill(args):
                                     ).stdout.split():  # torchrun's workers have sessions of their own
             os.kill(int(child), signal.SIGKILL)
         run.wait()
-        kept = [line.split(", ")[0] + path.name.split(".")[0] for path in killed.glob("*.jsonl")
-                for line in path.read_text().splitlines()]
+        kept = asked(killed)
         assert len(kept) == len(set(kept)), "a question was asked twice"
         print(f"killed {1 + n % 2} process(es) at {count(killed)} of {total} answers, "
               f"{len(list(killed.glob('*.rank*')))} unmerged files", file=sys.stderr)
