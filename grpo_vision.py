@@ -46,6 +46,7 @@ import sys
 import time
 import warnings
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from types import MethodType, SimpleNamespace
 from typing import Literal, Optional
@@ -54,7 +55,8 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 import transformers
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
+from accelerate.utils import (InitProcessGroupKwargs, broadcast_object_list, gather_object,
+                              parse_flag_from_env)
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import nn
@@ -66,6 +68,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, HfArgumentParser, Qwen2VLForConditionalGeneration
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+# cuDNN's attention, torch's first choice on an H100, prepares anew for each new shape, and its gradients can
+# be nan where there is a mask (pytorch issue 196678); the others, flash and memory-efficient, do neither
+torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def fail(message):
@@ -278,15 +284,12 @@ TEMPLATES = {
 def choose_prompt(tokenizer, prompt="auto"):
     """-> "base" or "instruct"; auto: instruct if the chat template tells user from assistant. (The one that
     is saved with base models renders both alike: eval_cvbench.SERVED_PROMPT.)"""
-    if prompt == "instruct" and tokenizer.chat_template is None:
-        fail("--prompt instruct: the model has no chat template to put the question in; take --prompt base")
-    if prompt != "auto":
-        return prompt
-    if tokenizer.chat_template is None:
-        return "base"
-    user, assistant = (tokenizer.apply_chat_template([{"role": role, "content": "?"}], tokenize=False)
-                       for role in ("user", "assistant"))
-    return "base" if user == assistant else "instruct"
+    turns = [[{"role": role, "content": "?"}] for role in ("user", "assistant")]
+    has_roles = tokenizer.chat_template is not None and len(
+        {tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns}) == 2
+    if prompt == "instruct" and not has_roles:
+        fail("--prompt instruct: the model has no chat template that tells user from assistant; leave it out")
+    return prompt if prompt != "auto" else "instruct" if has_roles else "base"
 
 
 def build_question(question, options):
@@ -475,6 +478,7 @@ class Decoder:
         repeat = lambda x: x.repeat_interleave(num_generations, 0)
         lengths = torch.tensor([prompt_kv[0].shape[2] for prompt_kv in encoded])                  # (B,)
         longest = int(lengths.max())                                                              # P - 1
+        room += -(longest + room) % 8  # a GPU copies a mask at each use, if its rows are no multiple of 8
         left_pad = lambda x: nn.functional.pad(x, (0, 0, longest - x.shape[2], 0))
         self.model, self.fixed = model, model.device.type == "cuda" if fixed is None else fixed
         self.masked = self.fixed or len(set(lengths.tolist())) > 1  # attention is faster without a mask
@@ -494,16 +498,12 @@ class Decoder:
 
     def step(self):
         """-> (rows, H) hidden states, after which the next token is to be drawn."""
-        if self.model.device.type != "cuda":
+        if not self.fixed or self.model.device.type != "cuda":
             return self.forward()
         if self.replay is None:
             # libraries set themselves up on first use, outside the recording; the replay will write over what
             # this writes, at the same place
-            warm_up = torch.cuda.Stream()
-            warm_up.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(warm_up):
-                self.forward()
-            torch.cuda.current_stream().wait_stream(warm_up)
+            self.forward()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may go on
                 self.replay = self.forward()
@@ -555,10 +555,11 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
     N, limit, device = num_generations * len(prompts), max_completion_length, model.device
     completion_ids = torch.full((N, limit), eos_ids[0], device=device)
     sampling_logps = torch.zeros(N, limit, device=device).to(torch.promote_types(model.dtype, torch.float32))
-    num_tokens = torch.full((N,), limit, device=device)
+    num_tokens = torch.zeros(N, dtype=torch.long, device=device)
     finished = torch.zeros(N, dtype=torch.bool, device=device)
     rows = torch.arange(N, device=device)              # of the N rows, those that are still in the batch
     running = torch.ones(N, dtype=torch.bool, device=device)  # for each of these: is it not done yet?
+    ends = torch.tensor(eos_ids, device=device)
     for t in range(limit):
         logps = token_logps(model, decoder.step(), temperature or 1.0, suppressed)                # (rows, V)
         if temperature > 0:
@@ -569,11 +570,11 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
             tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)           # (rows, 1)
         else:
             tokens = logps.argmax(-1, keepdim=True)
-        completion_ids[rows[running], t] = tokens[running, 0]
-        sampling_logps[rows[running], t] = logps.gather(-1, tokens)[running, 0]
-        ended = running & torch.isin(tokens[:, 0], torch.tensor(eos_ids, device=device))          # (rows,)
-        num_tokens[rows[ended]], finished[rows[ended]] = t + 1, True
-        running = running & ~ended
+        completion_ids[rows, t] = torch.where(running, tokens[:, 0], eos_ids[0])
+        sampling_logps[rows, t] = torch.where(running, logps.gather(-1, tokens)[:, 0], 0.0)
+        num_tokens[rows] += running
+        finished[rows] |= running & torch.isin(tokens[:, 0], ends)
+        running = ~finished[rows]                                                                 # (rows,)
         if not (left := int(running.sum())):
             break
         decoder.feed(tokens)
@@ -979,9 +980,16 @@ def optimise(run, cfg, step, prompts, rollout, advantages, ref_logps):
 
 # The recipe from one end to the other: `train_step` is what `main` repeats.
 
+def now():
+    """Seconds, when a GPU has done all that it was given, so that each phase is charged with its own work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
 def train_step(run, cfg, step):
     """The recipe, once -> metrics, and the step's completions (of all processes) to be logged."""
-    G, sft, clock = cfg.num_generations, cfg.algorithm == "sft", [time.perf_counter()]
+    G, sft, clock = cfg.num_generations, cfg.algorithm == "sft", [now()]
     # 1. B questions and their images, in the prompt template
     numbers, rows, prompts = draw_batch(run, cfg, step)
     # 2. G completions of each; in SFT the data's own
@@ -989,7 +997,7 @@ def train_step(run, cfg, step):
     texts = [completion_text(prompts[i // G].text, ids[mask], run.tokenizer)
              for i, (ids, mask) in enumerate(zip(rollout.completion_ids, rollout.completion_mask))]
     lengths = rollout.completion_mask.sum(1).tolist()
-    clock.append(time.perf_counter())
+    clock.append(now())
     # 3. their rewards
     rows_of_texts = [row for row in rows for _ in range(G)]
     rewards = {} if sft else compute_rewards(cfg.rewards.split(","), texts, lengths, rows_of_texts)
@@ -998,11 +1006,11 @@ def train_step(run, cfg, step):
     advantages = group_advantages(reward, G, cfg.scale_rewards) if not sft else torch.ones_like(reward) # (N,)
     # 5. the frozen start's log-probabilities; the policy's own come with the update
     ref_logps = score_rollout(run.reference, prompts, rollout, cfg) if cfg.beta > 0 else None     # (N, C)
-    clock.append(time.perf_counter())
+    clock.append(now())
     # 6. the update, and the sampler follows the policy
     sums, grad_norm = optimise(run, cfg, step, prompts, rollout, advantages, ref_logps)
     refresh(run.sampler, run.policy)
-    clock.append(time.perf_counter())
+    clock.append(now())
 
     samples = gather_object([
         {"step": step + 1, "row": numbers[i // G], "prompt": prompts[i // G].text, "completion": text,
@@ -1154,7 +1162,9 @@ def make_accelerator(cfg):
     """
     try:
         on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-        accelerator = Accelerator(log_with=cfg.log_with, mixed_precision="bf16" if on_gpu else None)
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))  # one may draw the toy or save for all
+        accelerator = Accelerator(log_with=cfg.log_with, mixed_precision="bf16" if on_gpu else None,
+                                  cpu=not on_gpu, kwargs_handlers=[patience])  # and not a Mac's "mps"
     except ValueError as error:
         fail(f"--log_with {cfg.log_with}: {error}")
     if cfg.log_with and not accelerator.log_with:
@@ -1345,10 +1355,8 @@ def main(argv=None):
         if (step + 1) % cfg.save_steps == 0 or last or stopping:
             save_checkpoint(run, step + 1)
         if stopping and not last:
-            count = run.accelerator.num_processes
-            program = f"accelerate launch --num_processes {count}" if count > 1 else "python"
-            run.accelerator.print(f"stopped after step {step + 1}, which is saved; go on with:\n"
-                                  f"    {program} grpo_vision.py --resume --output_dir {run.output_dir}")
+            run.accelerator.print(f"stopped after step {step + 1}, which is saved; to go on, start the program "
+                                  f"as you did, with --resume --output_dir {run.output_dir}")
             return run.accelerator.end_training()
     save_model(run.output_dir / "final", run)
     run.accelerator.end_training()

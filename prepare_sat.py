@@ -176,7 +176,7 @@ def find_answer(answer, options):
     """-> the text of `answer`, or the option which it names by letter ("B", "(B)") or index (an int, from 0).
     An option's own text comes first: among "2", "3" and "5", 2 is "2"."""
     text = as_text(answer)
-    letter = re.fullmatch(r"\(?([A-Z])\)?", text)
+    letter = re.fullmatch(r"\(?([A-Z])\)?", text.upper())
     index = ord(letter[1]) - ord("A") if letter else answer if type(answer) is int else -1  # a bool is none
     return options[index] if text not in options and 0 <= index < len(options) else text
 

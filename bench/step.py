@@ -207,25 +207,19 @@ def build(args):
     return model, ways, torch.randn(args.prompts * args.num_generations, device=device)
 
 
-def now():
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def timed_step(way, optimizer, advantages, rollout=None):
     """One step -> seconds of its phases, and what it computed. Scores `rollout`, if given, for its own."""
-    clock = [now()]
+    clock = [gv.now()]
     drawn = way.rollout()
     rollout = drawn if rollout is None else rollout
-    clock.append(now())
+    clock.append(gv.now())
     ref_logps = way.reference(rollout)                                                            # (N, C)
-    clock.append(now())
+    clock.append(gv.now())
     logps = way.update(rollout, advantages, ref_logps)                                            # (N, C)
     norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item()
     optimizer.step()
     optimizer.zero_grad()
-    clock.append(now())
+    clock.append(gv.now())
     return dict(zip(PHASES, (b - a for a, b in zip(clock, clock[1:])))), rollout, ref_logps, logps, norm
 
 
@@ -303,10 +297,11 @@ def update_memory(groups=(2, 4, 8, 16)):
         for G in groups:
             command = [sys.executable, __file__, "--score_tokens", "256", *sys.argv[1:],
                        "--measure", way, "--num_generations", str(G)]
-            child = subprocess.run(command, env=RETURNING, check=True, stdout=subprocess.PIPE, text=True)
-            peaks.append(int(child.stdout))
+            child = subprocess.run(command, env=RETURNING, stdout=subprocess.PIPE, text=True)
+            peaks.append(child.stdout.strip() if child.returncode == 0 else "failed")  # more than there is
             print(f"memory of the update, {name}, G = {G}: {peaks[-1]} MiB", file=sys.stderr)
-        lines.append(f"| {name} | " + " | ".join(map(str, peaks)) + f" | {peaks[-1] / peaks[0]:.2f}x |")
+        growth = "" if "failed" in peaks else f"{int(peaks[-1]) / int(peaks[0]):.2f}x"
+        lines.append(f"| {name} | " + " | ".join(peaks) + f" | {growth} |")
     return lines
 
 
@@ -341,10 +336,10 @@ def compare_trl(args):
 
     class InTurn(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
-            self.start = now()
+            self.start = gv.now()
 
         def on_step_end(self, *_, **__):
-            seconds["trl"].append(now() - self.start)
+            seconds["trl"].append(gv.now() - self.start)
             seconds["ours"].append(sum(timed_step(ours, optimizer, advantages)[0].values()))
             print(f"TRL {seconds['trl'][-1]:.1f} s, ours {seconds['ours'][-1]:.1f} s", file=sys.stderr)
 
