@@ -1529,13 +1529,22 @@ def test_hard_and_length_rewards():
         assert g.hard_reward(completion, **row) == expected and g.length_reward(completion, **row) == 0.007
 
 
-def test_the_memory_benchmark_measures_both_ways():
+def test_the_benchmark_of_a_gpu_measures_memory_and_a_step_in_bf16():
     tiny = """--num_generations 2 --completion_length 8 --image_size 56 --text_tokens 4 --vocab 64 --hidden 32
         --intermediate 32 --layers 1 --heads 2 --kv_heads 1 --vision_hidden 32 --vision_layers 1
         --vision_heads 2 --threads 1""".split()
+
+    def measured(*flags):
+        command = [sys.executable, Path(g.__file__).parent / "bench/step.py", *tiny, *flags]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
     for way in "ours", "usual":
-        command = [sys.executable, Path(g.__file__).parent / "bench/step.py", *tiny, "--measure", way]
-        assert int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) >= 0
+        assert int(measured("--measure", way)) >= 0
+    table = dict(row.strip("| ").split(" | ") for row in measured(
+        "--program", "--no_time", "--no_memory", "--repeats", "1").splitlines()[2:] if row.startswith("|"))
+    for name in "sampler_mismatch", "bf16 sampler against float32":
+        assert 0 < float(table[f"{name}, largest, mean"].split(",")[0]) < 0.1  # 0 would be no bf16
+    assert float(table["update, gradient, TFLOP / s"]) > 0 and float(table["**whole step, s**"]) >= 0
 
 
 # ---- One process or many ---------------------------------------------------------------------------------

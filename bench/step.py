@@ -2,7 +2,8 @@
 
     python bench/step.py                # 47M parameters, 324 image tokens, G = 8, 128 tokens, on the CPU
     python bench/step.py --num_generations 4 --image_size 252 --no_memory        # other sizes: see --help
-    python bench/step.py --full         # the 2.2B shape in bf16 with random weights; needs a GPU
+    python bench/step.py --full         # the 2.2B shape in bf16 with random weights; needs a GPU of 80 GB
+    python bench/step.py --program --no_time --no_memory       # only the third table, in any size, anywhere
     python bench/step.py --trl          # a step of TRL's GRPOTrainer as well
 
 --trl needs an environment of its own, as TRL takes Qwen2VLProcessor and that takes torchvision:
@@ -18,6 +19,12 @@ same completions the log-probabilities and the norm of the gradient must agree.
 Memory of the update is its peak minus what was held before (weights and gradients were), each number from a
 fresh process, on Linux or a GPU. There --score_tokens is 256, two completions of 128 at a time: the
 program's 2048 would take G = 16 in one chunk, and the memory would still grow from G = 2 to 16.
+
+The third table, with --full or --program, is the step as the program takes it on one GPU: float32 weights
+computed in bf16 by autocast, sampler and reference in bf16, AdamW. With --full it has 8 prompts x 8
+completions x 300 tokens, 484 image tokens each, whatever the sizes of the first two tables. Decoding is timed
+with and without CUDA graphs and by `generate`. The update's operations are those that torch counts (it
+recomputes nothing), and are set against the dense bf16 rate in the GPU's data sheet.
 
 Sample output (two cores, medians of seven repeats; the TRL row from a run with --trl, memory from another):
 
@@ -37,6 +44,8 @@ Sample output (two cores, medians of seven repeats; the TRL row from a run with 
 """
 import argparse
 import copy
+import functools
+import gc
 import os
 import platform
 import random
@@ -44,12 +53,14 @@ import statistics
 import subprocess
 import sys
 import time
+import unittest.mock
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import transformers
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -61,6 +72,8 @@ FULL_SHAPE = dict(vocab=151936, hidden=1536, intermediate=8960, layers=28, heads
                   vision_hidden=1280, vision_layers=32, vision_heads=16)                 # 2.2B: Qwen2-VL-2B
 SPECIAL = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]  # last in the vocabulary
 EOS, BETA, PHASES = 0, 0.04, ("rollout", "reference", "update")
+FULL_STEP = dict(prompts=8, num_generations=8, completion_length=300, image_size=616)
+BF16_RATE = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense; of the SXM modules
 
 
 def parse_args():
@@ -71,6 +84,7 @@ def parse_args():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
     parser.add_argument("--score_tokens", type=int, help="default 4096; 256 for the memory")
     parser.add_argument("--full", action="store_true", help="the shape of Qwen2-VL-2B in bf16, on a GPU")
+    parser.add_argument("--program", action="store_true", help="the program's own step in bf16 too")
     parser.add_argument("--trl", action="store_true", help="time TRL's GRPOTrainer too")
     parser.add_argument("--no_memory", action="store_true", help="leave the memory table out")
     parser.add_argument("--no_time", action="store_true", help="leave the time table out")
@@ -113,6 +127,13 @@ def build_prompt(args, model):
     ids, grid_thw = (torch.tensor([x], device=model.device) for x in (image + words, [1, grid, grid]))
     positions, _ = model.model.get_rope_index(ids, (ids == pad).int(), image_grid_thw=grid_thw)
     return gv.Prompt("", ids, positions, torch.randn(grid * grid, 1176, device=model.device), grid_thw)
+
+
+def unwanted(args, device):
+    """(V,) bool: vision tokens, and the end token, so that all completions have full length."""
+    suppressed = torch.arange(args.vocab, device=device) >= args.vocab - len(SPECIAL)
+    suppressed[EOS] = True
+    return suppressed
 
 
 class Ours:
@@ -199,8 +220,7 @@ def build(args):
     for parameter in reference.parameters():  # the policy has moved away from it, so that the KL is not 0
         parameter.mul_(1 + 0.1 * torch.randn_like(parameter))
     prompts = [build_prompt(args, model) for _ in range(args.prompts)]
-    suppressed = torch.arange(args.vocab, device=device) >= args.vocab - len(SPECIAL)             # (V,)
-    suppressed[EOS] = True
+    suppressed = unwanted(args, device)
     twin = lambda m: copy.deepcopy(m, memo={id(p): p for p in m.parameters()})  # own modules only
     ways = (UsualWay(model, reference, prompts, suppressed, args),
             Ours(twin(model), twin(reference), prompts, suppressed, args))
@@ -250,6 +270,81 @@ def compare(args):
     agreement = (f"Medians of {args.repeats} interleaved repeats after one to warm up. Equal work: log-probs "
                  f"within {max(differences):.1g}, gradient norms within {max(norms):.1g} (relative).")
     return lines, agreement
+
+
+def program_table(args):
+    """The step as the program takes it on one GPU -> lines of the third table."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = gv.patch_embed_as_matmul(build_model(args, device).float())
+    sampler, frozen = (copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False) for _ in range(2))
+    prompts = [build_prompt(args, model) for _ in range(args.prompts)]
+    suppressed = unwanted(args, device)
+    policy = gv.Policy(model, 1.0, suppressed, autocast=True)
+    reference = gv.Policy(frozen, 1.0, suppressed)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-6)
+    N, C = args.prompts * args.num_generations, args.completion_length
+    cfg = gv.Config(num_generations=args.num_generations, max_completion_length=C, beta=BETA,
+                    score_tokens=args.score_tokens or gv.Config.score_tokens)
+    advantages = torch.randn(N, device=device)
+
+    def decode(decoder=gv.Decoder):
+        with unittest.mock.patch.object(gv, "Decoder", decoder):
+            return gv.sample(sampler, prompts, args.num_generations, C, 1.0, suppressed, [EOS])
+
+    def update(rollout, ref_logps):
+        weights = gv.weigh_tokens(rollout.completion_mask.sum(1), rollout.finished, cfg).float()
+        return gv.update(policy, prompts, rollout, advantages, weights, ref_logps, None, cfg)[0]
+
+    def optimise():
+        nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        gv.refresh(sampler, policy)
+
+    rollout = decode()
+    with FlopCounterMode(display=False) as counter:  # a step to warm up, too
+        update(rollout, rollout.sampling_logps)
+    optimise()
+    forget_peak()
+    phases = {"rollout": [], "reference": [], "update, gradient": [], "update, AdamW and sampler": []}
+    for _ in range(args.repeats):
+        clock = [gv.now()]
+        rollout = decode()
+        clock.append(gv.now())
+        ref_logps = gv.score_rollout(reference, prompts, rollout, cfg)                            # (N, C)
+        clock.append(gv.now())
+        logps = update(rollout, ref_logps)                                                        # (N, C)
+        clock.append(gv.now())
+        optimise()
+        clock.append(gv.now())
+        for seconds, begin, end in zip(phases.values(), clock, clock[1:]):
+            seconds.append(end - begin)
+    peak, mismatch = held(peak=True), (logps - rollout.sampling_logps).abs()
+    rollout = decode()
+    exact = gv.score_rollout(gv.Policy(model, 1.0, suppressed), prompts, rollout, cfg)  # float32   (N, C)
+    rounding = (exact - rollout.sampling_logps).abs()
+
+    images = prompts[0].pixel_values.shape[0] // 4
+    lines = [f"| {sum(p.numel() for p in model.parameters()) / 1e6:.0f}M parameters, {args.prompts} x "
+             f"{args.num_generations} x {C} tokens, {images} image tokens | |", "|---|--:|"]
+    lines += [f"| {name}, s | {statistics.median(seconds):.2f} |" for name, seconds in phases.items()]
+    lines.append(f"| **whole step, s** | {statistics.median(map(sum, zip(*phases.values()))):.2f} |")
+    ways = {"decoding, tokens / s": decode,
+            "decoding without CUDA graphs": lambda: decode(functools.partial(gv.Decoder, fixed=False)),
+            "`generate`": UsualWay(sampler, frozen, prompts, suppressed, args).rollout}
+    for name, way in ways.items():
+        way()
+        start = gv.now()
+        way()
+        lines.append(f"| {name} | {N * C / (gv.now() - start):.0f} |")
+    rate = next((rate for name, rate in BF16_RATE.items() if name in machine(args)), None)
+    used = counter.get_total_flops() / statistics.median(phases["update, gradient"])
+    share = f", {used / rate:.0%} of {rate / 1e12:.0f}" if rate else ""
+    lines += [f"| update, gradient, TFLOP / s | {used / 1e12:.3g}{share} |",
+              f"| peak memory, GB | {peak * 2**20 / 1e9:.1f} |"]
+    lines += [f"| {name}, largest, mean | {x.max():.3f}, {x.mean():.4f} |" for name, x in
+              (("sampler_mismatch", mismatch), ("bf16 sampler against float32", rounding))]
+    return lines
 
 
 def held(peak=False):
@@ -387,7 +482,12 @@ def main():
     table, agreement = ([], "") if args.no_time else compare(args)
     if args.trl:
         table.append(compare_trl(args))
-    report = "\n".join([*table, *memory, "", agreement, machine(args)]).lstrip()
+    gc.collect()
+    program = [""] if args.program or args.full else []
+    if program:
+        sizes = FULL_STEP if args.full else {}
+        program += program_table(argparse.Namespace(**{**vars(args), **sizes}))
+    report = "\n".join([*table, *memory, *program, "", agreement, machine(args)]).lstrip()
     print(report)
     if args.out:
         Path(args.out).write_text(report + "\n")
