@@ -3,7 +3,7 @@
     python bench/step.py                # 47M parameters, 324 image tokens, G = 8, 128 tokens, on the CPU
     python bench/step.py --num_generations 4 --image_size 252 --no_memory        # other sizes: see --help
     python bench/step.py --full         # the 2.2B shape in bf16 with random weights; needs a GPU of 80 GB
-    python bench/step.py --program --no_time --no_memory       # only the third table, in any size, anywhere
+    python bench/step.py --program --no_time --no_memory       # that table only, in any size, anywhere
     python bench/step.py --trl          # a step of TRL's GRPOTrainer as well
 
 --trl needs an environment of its own, as TRL takes Qwen2VLProcessor and that takes torchvision:
@@ -20,9 +20,9 @@ Memory of the update is its peak minus what was held before (weights and gradien
 fresh process, on Linux or a GPU. There --score_tokens is 256, two completions of 128 at a time: the
 program's 2048 would take G = 16 in one chunk, and the memory would still grow from G = 2 to 16.
 
-The third table, with --full or --program, is the step as the program takes it on one GPU: float32 weights
+Another table, with --full or --program, is the step as the program takes it on one GPU: float32 weights
 computed in bf16 by autocast, sampler and reference in bf16, AdamW. With --full it has 8 prompts x 8
-completions x 300 tokens, 484 image tokens each, whatever the sizes of the first two tables. Decoding is timed
+completions x 300 tokens, 484 image tokens each, whatever the sizes of the other tables. Decoding is timed
 with and without CUDA graphs and by `generate`. The update's operations are those that torch counts (it
 recomputes nothing), and are set against the dense bf16 rate in the GPU's data sheet.
 
@@ -273,7 +273,7 @@ def compare(args):
 
 
 def program_table(args):
-    """The step as the program takes it on one GPU -> lines of the third table."""
+    """The step as the program takes it on one GPU -> lines of a table of its own."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model = gv.patch_embed_as_matmul(build_model(args, device).float())
     sampler, frozen = (copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False) for _ in range(2))
@@ -478,19 +478,24 @@ def main():
     transformers.utils.logging.set_verbosity_error()
     if args.measure:
         return measure_update(args)
-    memory = [] if args.no_memory else ["", *update_memory()]
-    table, agreement = ([], "") if args.no_time else compare(args)
-    if args.trl:
-        table.append(compare_trl(args))
-    gc.collect()
-    program = [""] if args.program or args.full else []
-    if program:
-        sizes = FULL_STEP if args.full else {}
-        program += program_table(argparse.Namespace(**{**vars(args), **sizes}))
-    report = "\n".join([*table, *memory, *program, "", agreement, machine(args)]).lstrip()
-    print(report)
+    report = []
+
+    def show(*lines):  # at once: what comes next may not fit into memory
+        print(*lines, sep="\n", flush=True)
+        report.extend(lines)
+
+    if not args.no_memory:
+        show(*update_memory(), "")  # before this process takes any of a GPU's memory
+    if args.program or args.full:
+        show(*program_table(argparse.Namespace(**vars(args) | FULL_STEP if args.full else vars(args))), "")
+        gc.collect()
+        torch.cuda.empty_cache()
+    if not args.no_time:
+        table, agreement = compare(args)
+        show(*table, *([compare_trl(args)] if args.trl else []), "", agreement)
+    show(machine(args))
     if args.out:
-        Path(args.out).write_text(report + "\n")
+        Path(args.out).write_text("\n".join(report) + "\n")
 
 
 if __name__ == "__main__":
