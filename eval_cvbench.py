@@ -707,7 +707,7 @@ def report(run):
         if key.startswith("rewards/") or key == "completions/mean_length":
             last = mean(m[key] for m in metrics[-10:])
             print(f"rollouts, {key}: {metrics[0][key]:.2f} at first -> {last:.2f} in the last 10 steps")
-    toy = cfg.eval_data == type(cfg)(**PRESETS["toy"]).eval_data
+    toy = cfg.eval_data == PRESETS["toy"]["eval_data"]
     on = "" if toy else f" --data {cfg.eval_data.replace(',', ' ')}"
     on += " --modes direct" if template.endswith("-direct") else ""
     print(f"model:    {run}/final\nlook at:  {run}/curves.png  {run}/rollouts.html\n"

@@ -423,27 +423,24 @@ def encode_prompt(model, prompt):
 class BranchLayer(DynamicLayer):
     """One layer of a cache that begins with the prompt's keys and values, (rows, kv_heads, P - 1, head_dim).
 
-    room 0: new keys are joined by `torch.cat`, which autograd follows (scoring). Otherwise space for `room`
-    tokens is set aside and written in place, because a `cat` at every token would copy the whole cache
-    (sampling). place: (1,) where the next key goes, if shapes must stay the same at every token; one tensor,
-    which all layers share and `Decoder.feed` moves on in place. Then all the space is attended to, and the
-    mask has to hide what is not yet written.
+    place None: new keys are joined by `torch.cat`, which autograd follows (scoring). Otherwise they are
+    written in place, because a `cat` at every token would copy the whole cache (sampling): keys and values
+    come with room for them, and `place`, (1,), says where the next go; it is one tensor, which all layers
+    share and `Decoder.feed` moves on. What is written is attended to; or, if fixed, all there is room for,
+    so that shapes stay the same at every token, and the mask has to hide what is not yet written.
     """
-    def __init__(self, keys, values, room=0, place=None):
+    def __init__(self, keys, values, place=None, fixed=False):
         super().__init__()
         self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.length, self.in_place, self.place = keys.shape[2], room > 0, place
-        self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, room)) if room else x
-                                  for x in (keys, values))
+        self.keys, self.values, self.place, self.fixed = keys, values, place, fixed
 
     def update(self, keys, values, *args, **kwargs):
-        if not self.in_place:
+        if self.place is None:
             return super().update(keys, values)
-        if self.place is not None:
-            return self.keys.index_copy_(2, self.place, keys), self.values.index_copy_(2, self.place, values)
-        start, self.length = self.length, self.length + keys.shape[2]
-        self.keys[:, :, start:self.length], self.values[:, :, start:self.length] = keys, values
-        return self.keys[:, :, :self.length], self.values[:, :, :self.length]
+        self.keys.index_copy_(2, self.place, keys)
+        self.values.index_copy_(2, self.place, values)
+        end = self.keys.shape[2] if self.fixed else int(self.place) + 1
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 def token_logps(model, hidden, temperature, suppressed):
@@ -478,18 +475,19 @@ class Decoder:
         repeat = lambda x: x.repeat_interleave(num_generations, 0)
         lengths = torch.tensor([prompt_kv[0].shape[2] for prompt_kv in encoded])                  # (B,)
         longest = int(lengths.max())                                                              # P - 1
-        room += -(longest + room) % 8  # a GPU copies a mask at each use, if its rows are no multiple of 8
-        left_pad = lambda x: nn.functional.pad(x, (0, 0, longest - x.shape[2], 0))
+        room += 8 - (longest + room) % 8  # a GPU copies a mask at each use, if its rows are no multiple of 8
+        pad = lambda x: nn.functional.pad(x, (0, 0, longest - x.shape[2], room))
         self.model, self.fixed = model, model.device.type == "cuda" if fixed is None else fixed
         self.masked = self.fixed or len(set(lengths.tolist())) > 1  # attention is faster without a mask
         self.place = torch.tensor([longest], device=model.device)  # where the next keys and values go
-        kv = [repeat(torch.cat([left_pad(x) for x in of_prompts])) for of_prompts in zip(*encoded)]
-        layers = [BranchLayer(keys, values, room, self.place if self.fixed else None)
-                  for keys, values in zip(kv[::2], kv[1::2])]
-        self.cache = Cache(layers=layers)
+        # each (N, kv_heads, longest + room, head_dim)
+        kv = [repeat(torch.cat([pad(x) for x in of_prompts])) for of_prompts in zip(*encoded)]
+        self.cache = Cache(layers=[BranchLayer(keys, values, self.place, self.fixed)
+                                   for keys, values in zip(kv[::2], kv[1::2])])
         self.tokens = repeat(torch.cat([prompt.input_ids[:, -1:] for prompt in prompts]))         # (N, 1)
-        start = torch.tensor([[prompt.next_position - 1] for prompt in prompts])
-        self.positions = repeat(start).to(model.device)                                           # (N, 1)
+        # M-RoPE's position of a token minus its place in the cache, the same all along a row
+        offset = torch.tensor([[prompt.next_position - 1 - longest] for prompt in prompts])
+        self.offset = repeat(offset).to(model.device)                                             # (N, 1)
         places = torch.arange(longest + room)
         unseen = (places < longest - lengths[:, None]) | (places > longest)             # (B, longest + room)
         mask = torch.zeros(unseen.shape, dtype=model.dtype).masked_fill(unseen, torch.finfo(model.dtype).min)
@@ -513,21 +511,20 @@ class Decoder:
     def forward(self):
         mask = self.mask if self.fixed else self.mask[..., :int(self.place) + 1]
         mask = {"full_attention": mask if self.masked else None}  # a dict: transformers makes none of its own
-        output = self.model.model(input_ids=self.tokens, position_ids=self.positions.expand(3, -1, -1),
-                                  past_key_values=self.cache, attention_mask=mask)
+        positions = (self.offset + self.place).expand(3, -1, -1)                                  # (3, N, 1)
+        output = self.model.model(input_ids=self.tokens, position_ids=positions, past_key_values=self.cache,
+                                  attention_mask=mask)
         return output.last_hidden_state[:, -1]
 
     def feed(self, tokens):
         """tokens: (rows, 1), which the next step takes in."""
         self.tokens.copy_(tokens)
-        self.positions += 1
         self.place += 1
-        here = self.place.clamp(max=self.mask.shape[3] - 1)  # after the last token there is no place left
-        self.mask.index_fill_(3, here, 0)
+        self.mask.index_fill_(3, self.place, 0)
 
     def keep(self, alive):
         """alive: (rows,) bool. The others leave the batch; a graph must be recorded anew."""
-        self.tokens, self.positions, self.mask = (x[alive] for x in (self.tokens, self.positions, self.mask))
+        self.tokens, self.offset, self.mask = (x[alive] for x in (self.tokens, self.offset, self.mask))
         for layer in self.cache.layers:
             layer.keys, layer.values = layer.keys[alive], layer.values[alive]
         self.replay = None
@@ -883,8 +880,8 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     # pi_ref), called k3, and never negative
     kl = torch.zeros_like(ratio)
     if beta > 0:
-        log_ratio = ref_per_token_logps - per_token_logps
-        kl = log_ratio.exp() - log_ratio - 1                                                      # (K, C)
+        log_ref_over_pi = ref_per_token_logps - per_token_logps                                   # (K, C)
+        kl = log_ref_over_pi.exp() - log_ref_over_pi - 1                                          # (K, C)
         per_token_loss = per_token_loss + beta * kl                                               # (K, C)
     # loss = sum over rows of token_weights * sum over tokens, which with weights of 1 / (rows * tokens of the
     # row) is the mean over rows of the mean over tokens; LOSS_TYPES has others
@@ -924,13 +921,13 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
         prompt_kv, last_hidden = policy(prompt)
         # the sum over chunks is kept in float32, whatever the keys and values are computed in
         leaves = [x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
-                  for x in prompt_kv]
+                  for x in prompt_kv]                                # each (1, kv_heads, P - 1, head_dim)
         for rows, ids, mask in pad_chunks(list(group_chunks(rollout, group, cfg)), num_processes):
             C = ids.shape[1]
             leaf_kv = [leaf.to(x.dtype) for leaf, x in zip(leaves, prompt_kv)]  # freed with the chunk's graph
             logps, entropy = policy(prompt, leaf_kv, ids, mask)                                   # (K, C)
-            old = logps.detach() if old_per_token_logps is None else old_per_token_logps[rows, :C]
-            ref = ref_per_token_logps[rows, :C] if cfg.beta > 0 else None
+            old = logps.detach() if old_per_token_logps is None else old_per_token_logps[rows, :C]  # (K, C)
+            ref = ref_per_token_logps[rows, :C] if cfg.beta > 0 else None                         # (K, C)
             loss, kl, clipped = grpo_loss(logps, old, ref, advantages[rows], token_weights[rows], mask,
                                           cfg.epsilon, cfg.epsilon_high, cfg.beta)
             # token_weights count all processes' rows, so gradients have to add up, but FSDP averages them
@@ -955,6 +952,7 @@ def optimise(run, cfg, step, prompts, rollout, advantages, ref_logps):
     the weights as they are, and is the last."""
     accelerator = run.accelerator
     lengths = rollout.completion_mask.sum(1)                                                      # (N,)
+    # (rows of all processes,)
     everyones = weigh_tokens(accelerator.gather(lengths), accelerator.gather(rollout.finished), cfg)
     token_weights = everyones.chunk(accelerator.num_processes)[accelerator.process_index].float() # (N,)
     learning_rate = cfg.learning_rate * (1 - step / cfg.max_steps)
@@ -1355,8 +1353,8 @@ def main(argv=None):
         if (step + 1) % cfg.save_steps == 0 or last or stopping:
             save_checkpoint(run, step + 1)
         if stopping and not last:
-            run.accelerator.print(f"stopped after step {step + 1}, which is saved; to go on, start the program "
-                                  f"as you did, with --resume --output_dir {run.output_dir}")
+            run.accelerator.print(f"stopped after step {step + 1}, which is saved; go on as you started, "
+                                  f"with --resume --output_dir {run.output_dir}")
             return run.accelerator.end_training()
     save_model(run.output_dir / "final", run)
     run.accelerator.end_training()

@@ -762,7 +762,7 @@ def test_decoding_with_fixed_shapes_changes_nothing(model, prompts, suppressed, 
             assert all(layer.keys.shape[2] == sizes_of_keys[0] for layer in self.cache.layers)
             return hidden
     needed = max(p.input_ids.shape[1] for p in prompts) - 1 + 9
-    sizes_of_keys = [needed + -needed % 8]
+    sizes_of_keys = [needed + 8 - needed % 8]
     free = g.sample(model, prompts, 3, 9, 0.0, suppressed, [0]).completion_ids
     arguments = model, prompts, 3, 9, 0.0, suppressed, [int(free[0, 2]), int(free[3, 4])]
     usual = g.sample(*arguments)

@@ -4,8 +4,9 @@
     python bench/controls.py --variants grpo flipped --seeds 1 --steps 40
 
 Needs data/toy (`python prepare_sat.py --toy`). Every run starts from the same base; the seed sets data order
-and sampling. "Before" is the first step, "after" the mean of the last ten, both of rollouts at temperature 1
-on questions met for the first time. Runs lie in runs/controls/VARIANT-SEED and are not made twice.
+and sampling. "Before" is the first step, "6 to 10" and "after" (the last ten) are means over steps, all of
+rollouts at temperature 1 on questions met for the first time. Runs lie in runs/controls/VARIANT-SEED and are
+not made twice.
 """
 import argparse
 import json
@@ -76,14 +77,15 @@ def read_jsonl(path):
 
 
 def table(variants, seeds):
-    lines = ["| variant | accuracy before | after | format before | after | length before | after |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| variant | " + " | ".join(f"{column} before | 6 to 10 | after" for column in COLUMNS) + " |",
+             "|---" * (1 + 3 * len(COLUMNS)) + "|"]
     for variant in variants:
         cells = []
         for column in COLUMNS:
             curves = [curve(variant, seed, column) for seed in range(seeds)]
             scale, digits = (1, 1) if column == "length" else (100, 1)
-            for values in ([c[0] for c in curves], [mean(c[-10:]) for c in curves]):
+            for part in slice(1), slice(5, 10), slice(-10, None):
+                values = [mean(c[part] or c[-1:]) for c in curves]
                 spread = stdev(values) if len(values) > 1 else 0.0
                 cells.append(f"{scale * mean(values):.{digits}f} ± {scale * spread:.{digits}f}")
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")

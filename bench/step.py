@@ -73,7 +73,7 @@ FULL_SHAPE = dict(vocab=151936, hidden=1536, intermediate=8960, layers=28, heads
 SPECIAL = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]  # last in the vocabulary
 EOS, BETA, PHASES = 0, 0.04, ("rollout", "reference", "update")
 FULL_STEP = dict(prompts=8, num_generations=8, completion_length=300, image_size=616)
-BF16_RATE = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12}  # dense; of the SXM modules
+BF16_RATE = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # NVIDIA's data sheets: dense, SXM modules
 
 
 def parse_args():
@@ -82,7 +82,8 @@ def parse_args():
                  repeats=3, threads=os.cpu_count(), **SHAPE)
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--score_tokens", type=int, help="default 4096; 256 for the memory")
+    parser.add_argument("--score_tokens", type=int, 
+                        help=f"default {gv.Config.score_tokens}; 256 for the memory")
     parser.add_argument("--full", action="store_true", help="the shape of Qwen2-VL-2B in bf16, on a GPU")
     parser.add_argument("--program", action="store_true", help="the program's own step in bf16 too")
     parser.add_argument("--trl", action="store_true", help="time TRL's GRPOTrainer too")
@@ -374,8 +375,11 @@ def measure_update(args):
     rollout = gv.Rollout(ids, mask, logps, mask[:, 0])
     forget_peak()
     before = held()
-    ways[args.measure == "ours"].update(rollout, advantages, logps)
-    print(f"{held(peak=True) - before:.0f}")
+    try:
+        ways[args.measure == "ours"].update(rollout, advantages, logps)
+        print(f"{held(peak=True) - before:.0f}")
+    except torch.OutOfMemoryError:
+        print("too much")
 
 
 # glibc would keep freed memory for itself; told so, it gives back at once whatever is above 64 KiB
@@ -392,10 +396,10 @@ def update_memory(groups=(2, 4, 8, 16)):
         for G in groups:
             command = [sys.executable, __file__, "--score_tokens", "256", *sys.argv[1:],
                        "--measure", way, "--num_generations", str(G)]
-            child = subprocess.run(command, env=RETURNING, stdout=subprocess.PIPE, text=True)
-            peaks.append(child.stdout.strip() if child.returncode == 0 else "failed")  # more than there is
+            child = subprocess.run(command, env=RETURNING, check=True, stdout=subprocess.PIPE, text=True)
+            peaks.append(child.stdout.strip())
             print(f"memory of the update, {name}, G = {G}: {peaks[-1]} MiB", file=sys.stderr)
-        growth = "" if "failed" in peaks else f"{int(peaks[-1]) / int(peaks[0]):.2f}x"
+        growth = "" if "too much" in peaks else f"{int(peaks[-1]) / int(peaks[0]):.2f}x"
         lines.append(f"| {name} | " + " | ".join(peaks) + f" | {growth} |")
     return lines
 
