@@ -17,7 +17,6 @@ torchrun, and started again, until all is answered. The kept files must equal th
 import argparse
 import copy
 import os
-import platform
 import random
 import signal
 import statistics
@@ -25,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -213,11 +211,7 @@ def main():
                      "ours | against one at a time | against batches |", "|---|--:|--:|--:|--:|--:|"]
             found = [speed("toy", toy, 32, 64, args), speed("47M", random_47m, 8, 64, args)]
             lines += [line for line, _ in found] + [""] + [modes for _, modes in found]
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    cpu = info.partition("model name\t: ")[2].partition("\n")[0].strip() or platform.machine()
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    lines += ["", f"{cpu}, 1 of {os.cpu_count()} cores; Python {platform.python_version()}, "
-                  f"{versions}; `{' '.join(['python bench/evaluate.py', *sys.argv[1:]])}`"]
+    lines += ["", step.machine(threads=1)]
     print("\n".join(lines))
     if args.out:
         Path(args.out).write_text("\n".join(lines) + "\n")

@@ -330,8 +330,7 @@ def check():
             worst = max(worst, abs(off))
             cells.append(f"{measured / GB:.2f} | {planned / GB:.2f} | {off:+.0%}")
         print(f"| {name} | {plan.count.total / 1e6:.0f}M | {' | '.join(cells)} |", flush=True)
-    print(f"\nlargest deviation: {worst:.1%}. {step.machine(argparse.Namespace(threads=1, trl=False))}"
-          .replace("bench/step.py", "bench/plan.py"))
+    print(f"\nlargest deviation: {worst:.1%}. {step.machine(threads=1)}")
     return worst
 
 

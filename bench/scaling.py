@@ -9,13 +9,10 @@ actively for one another.
 """
 import argparse
 import os
-import platform
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from transformers import AutoConfig, Qwen2VLForConditionalGeneration
@@ -74,8 +71,7 @@ def main():
                 program.wait()
             wall, cpu = ((b - a) / args.steps for a, b in zip(*clock))
             print(f"| {processes} x {threads} | {wall:.2f} | {cpu:.2f} |", flush=True)
-    print(f"\n{count / 1e6:.0f}M parameters. {step.machine(argparse.Namespace(threads=2, trl=False))}"
-          .replace("bench/step.py", "bench/scaling.py"))
+    print(f"\n{count / 1e6:.0f}M parameters. {step.machine(os.cpu_count())}")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Seed 0 is the default run. What is there already is not made again: data/toy and
 runs/seeds/N, and beside them a log of each stage, which ends in the CPU-seconds (user + system) it took.
 """
 import argparse
-import json
 import resource
 import subprocess
 import sys

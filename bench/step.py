@@ -52,7 +52,6 @@ import random
 import statistics
 import subprocess
 import sys
-import time
 import unittest.mock
 from importlib.metadata import version
 from pathlib import Path
@@ -338,7 +337,8 @@ def program_table(args):
         start = gv.now()
         way()
         lines.append(f"| {name} | {N * C / (gv.now() - start):.0f} |")
-    rate = next((rate for name, rate in BF16_RATE.items() if name in machine(args)), None)
+    gpu = torch.cuda.get_device_name() if device == "cuda" else ""
+    rate = next((rate for name, rate in BF16_RATE.items() if name in gpu), None)
     used = counter.get_total_flops() / statistics.median(phases["update, gradient"])
     share = f", {used / rate:.0%} of {rate / 1e12:.0f}" if rate else ""
     lines += [f"| update, gradient, TFLOP / s | {used / 1e12:.3g}{share} |",
@@ -462,17 +462,16 @@ def compare_trl(args):
     return f"| whole step, TRL's GRPOTrainer | {a:.2f} | {b:.2f} | {a / b:.1f}x |"
 
 
-def machine(args):
-    """The last line: where, with what, and how to run it again."""
+def machine(threads, packages=("torch", "transformers")):
+    """The last line of a report: where, with what, and how to run it again."""
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
     else:
         info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
         name = info.partition("model name\t: ")[2].partition("\n")[0].strip() or platform.machine()
-        device = f"{name}, {args.threads} of {os.cpu_count()} cores"
-    packages = ("torch", "transformers") + ("trl",) * args.trl
+        device = f"{name}, {threads} of {os.cpu_count()} cores"
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    command = " ".join(["python bench/step.py", *sys.argv[1:]])
+    command = " ".join([f"python bench/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     return f"{device}; Python {platform.python_version()}, {versions}; `{command}`"
 
 
@@ -497,7 +496,7 @@ def main():
     if not args.no_time:
         table, agreement = compare(args)
         show(*table, *([compare_trl(args)] if args.trl else []), "", agreement)
-    show(machine(args))
+    show(machine(args.threads, ("torch", "transformers") + ("trl",) * args.trl))
     if args.out:
         Path(args.out).write_text("\n".join(report) + "\n")
 
