@@ -39,7 +39,7 @@ Sample output (two cores, medians of seven repeats; the TRL row from a run with 
 
     | memory of the update, MiB | G = 2 | G = 4 | G = 8 | G = 16 | 16 against 2 |
     |---|--:|--:|--:|--:|--:|
-    | usual way | 1051 | 2074 | 4120 | 8214 | 7.82x |
+    | usual way | 1051 | 2074 | 4120 | 8213 | 7.81x |
     | ours | 627 | 632 | 632 | 632 | 1.01x |
 """
 import argparse
