@@ -1059,13 +1059,13 @@ def load_model(path, attn_implementation="sdpa", dtype=torch.float32):
         fail(f"cannot load a Qwen2-VL model from {path}: {str(error).strip().splitlines()[0]}")
     if report["missing_keys"]:
         fail(f"{path} is not a whole Qwen2-VL model: its files lack {sorted(report['missing_keys'])[0]}")
-    return patch_embed_as_matmul(model).eval()
+    return fast_layers(model).eval()
 
 
-def patch_embed_as_matmul(model):
-    """Compute the patch embedding as the matrix product it is: its Conv3d's kernel and stride are the patch.
-
-    Same weights, same checkpoint, but no slow Conv3d backward. Returns the model.
+def fast_layers(model):
+    """Same weights, same checkpoint, but no Conv3d, whose backward is slow, and no slow matrix products: the
+    patch embedding is computed as the product it is, as its kernel and stride are the patch, and the linear
+    layers of a model that is not small by `Linear`. Returns the model.
     """
     def forward(self, pixels):
         weight = self.proj.weight.flatten(1)                                                  # (dim, 1176)
@@ -1073,7 +1073,47 @@ def patch_embed_as_matmul(model):
 
     patch_embed = model.model.visual.patch_embed
     patch_embed.forward = MethodType(forward, patch_embed)  # a method: a deepcopy will use its own weights
+    if torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and not is_small(model):
+        for layer in model.modules():
+            if type(layer) is nn.Linear:
+                layer.__class__ = Linear
     return model
+
+
+class Linear(nn.Linear):
+    """nn.Linear, but float32 on a CPU by oneDNN. torch has both libraries and takes MKL for float32, which on
+    a processor not by Intel needs twice as long."""
+    def forward(self, x):
+        if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        return Product.apply(x, self.weight, self.bias)
+
+
+class Product(torch.autograd.Function):
+    """x (..., in), weight W (out, in), bias b (out) or None -> y = x W^T + b, (..., out)."""
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, dy):
+        # dx = dy W,  dW = dy^T x,  db = sum of dy over the rows
+        x, weight = ctx.saved_tensors
+        rows = dy.flatten(0, -2)                                                              # (rows, out)
+        return (onednn(dy, weight.T) if ctx.needs_input_grad[0] else None,
+                onednn(rows.T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None,
+                rows.sum(0) if ctx.needs_input_grad[2] else None)
+
+
+def onednn(x, weight, bias=None):
+    """x W^T + b, by the operator that torch.compile takes on a CPU; it has no backward of its own."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def is_small(model):
+    """As small as the toy's: a second thread would only wait, and calling oneDNN costs what it saves."""
+    return sum(weight.numel() for weight in model.parameters()) < 1e7
 
 
 def load_processors(path, min_pixels=None, max_pixels=None):
@@ -1090,9 +1130,9 @@ def load_processors(path, min_pixels=None, max_pixels=None):
 
 def set_threads(model):
     """Cores / local processes: the launcher sets OMP_NUM_THREADS=1 and python does not, so that without this
-    their speed and their bits would differ. One for a model as small as the toy's, where two only wait."""
+    their speed and their bits would differ. One for a small model."""
     threads = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(1 if sum(p.numel() for p in model.parameters()) < 1e7 else max(1, threads))
+    torch.set_num_threads(1 if is_small(model) else max(1, threads))
 
 
 def suppressed_tokens(model, tokenizer):

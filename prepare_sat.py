@@ -33,7 +33,7 @@ from PIL import Image as Picture, ImageDraw
 from tqdm import tqdm
 
 from grpo_vision import (BASE_PROMPT, IMAGE_TOKENS, WELL_FORMED, build_question, expand_images,
-                         extract_answer, fail, open_image, patch_embed_as_matmul, row_text, set_threads)
+                         extract_answer, fail, fast_layers, open_image, row_text, set_threads)
 
 TEXT, TEXTS = Value("string"), List(Value("string"))
 SAT_FEATURES = Features({"images": List(Image()), "question": TEXT, "options": TEXTS, "answer": TEXT,
@@ -697,7 +697,7 @@ def train_base(path, rng, seen, seed, school=SCHOOL):
     tokenizer = toy_tokenizer(rng)
     processor = Qwen2VLImageProcessor(size={"shortest_edge": 3136, "longest_edge": 12845056})
     torch.manual_seed(seed)
-    model = patch_embed_as_matmul(toy_model(tokenizer))
+    model = fast_layers(toy_model(tokenizer))
     set_threads(model)
     encode = cache(lambda text: tokenizer(text)["input_ids"])
     image_tokens = encode(IMAGE_TOKENS.replace("<|image_pad|>", "<|image_pad|>" * 9))

@@ -674,6 +674,55 @@ def test_patch_embedding_as_matmul_is_the_convolution_and_a_copy_uses_its_own_we
     assert (twin(pixels) == 0).all() and (ours(pixels) != 0).any()
 
 
+onednn = pytest.mark.skipif(not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()),
+                            reason="this torch has not both MKL and oneDNN: nothing is swapped")
+
+
+@onednn
+@pytest.mark.parametrize("shape", [(7, 40), (2, 5, 40), (1, 1, 40)])
+@pytest.mark.parametrize("bias, frozen",
+                         [(True, ""), (False, ""), (True, "x"), (True, "weight"), (True, "bias")])
+def test_linear_by_onednn_is_linear_with_its_gradients(shape, bias, frozen, monkeypatch):
+    calls = []
+    monkeypatch.setattr(g, "onednn", lambda *inputs, onednn=g.onednn: calls.append(1) or onednn(*inputs))
+    theirs, x = torch.nn.Linear(40, 24, bias), torch.randn(shape[::-1]).permute(*range(len(shape))[::-1])
+    if frozen != "x":
+        x.requires_grad_()
+        getattr(theirs, frozen, x).requires_grad_(not frozen)
+    ours, found = copy.deepcopy(theirs), []
+    ours.__class__ = g.Linear
+    upstream = torch.randn(*shape[:-1], 24)
+    for layer in ours, theirs:
+        y = layer(x)
+        grads = torch.autograd.grad(y, [w for w in (x, *layer.parameters()) if w.requires_grad], upstream)
+        found.append((y, *grads))
+    assert len(calls) == 3 - (frozen in ("x", "weight"))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+    calls.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ours(x).dtype == torch.bfloat16
+    assert ours.double()(x.double()).dtype == torch.float64 and not calls  # neither is for oneDNN
+
+
+@onednn
+def test_a_model_that_is_not_small_has_the_same_gradients_by_onednn(
+        model_dir, prompts, rollout, suppressed, monkeypatch):
+    plain = g.load_model(model_dir)
+    assert not any(type(layer) is g.Linear for layer in plain.modules())  # the small one is left alone
+    monkeypatch.setattr(g, "is_small", lambda model: False)
+    fast = g.load_model(model_dir)
+    kinds = Counter(type(layer) for layer in fast.modules() if isinstance(layer, torch.nn.Linear))
+    assert set(kinds) == {g.Linear} and fast.state_dict().keys() == plain.state_dict().keys()
+    cfg = g.Config(num_generations=3, score_tokens=14, beta=0.3)
+    ref = rollout.sampling_logps - 0.1
+    (logps, _, ours), (stock_logps, _, theirs) = (
+        gradients(m, suppressed, prompts, rollout, torch.linspace(-2, 3, 12), ref, None, cfg)
+        for m in (fast, plain))
+    torch.testing.assert_close(logps, stock_logps, rtol=0, atol=1e-4)
+    errors = {name: ((ours[name] - x).norm() / x.norm()).item() for name, x in theirs.items()}
+    assert max(errors.values()) < 1e-3 and 0 < max(errors.values()), errors  # 0: it was the same library
+
+
 def test_suppressed_are_vision_tokens_and_unused_rows(processors, suppressed):
     tokenizer, expected = processors[0], torch.zeros_like(suppressed)
     vision = [name for name in SPECIALS if "vision" in name or "_pad" in name]
@@ -1328,7 +1377,7 @@ def test_checkpoints_reload_with_identical_logits(name, trained, prompts, proces
     again = Qwen2VLForConditionalGeneration.from_pretrained(folder).eval()
     assert again.dtype == torch.float32
     assert (logits_of(again, prompts[2]) - at_save[name]).abs().max() < 1e-4  # Conv3d rounds otherwise
-    assert torch.equal(logits_of(g.patch_embed_as_matmul(again), prompts[2]), at_save[name])
+    assert torch.equal(logits_of(g.fast_layers(again), prompts[2]), at_save[name])
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert AutoImageProcessor.from_pretrained(folder, backend="pil").size["longest_edge"] == 401408
     assert tokenizer.chat_template == eval_cvbench.SERVED_PROMPT  # a server asks as it was trained

@@ -48,7 +48,7 @@ def random_47m(args):
     """The same with the 47M shape, the toy's tokenizer, and larger images."""
     tokenizer, image_processor = gv.load_processors(args.model)
     shape = argparse.Namespace(**step.SHAPE, full=False)
-    model = gv.patch_embed_as_matmul(step.build_model(shape, "cpu"))
+    model = gv.fast_layers(step.build_model(shape, "cpu"))
     for name in ("image_pad", "video_pad", "vision_start", "vision_end"):
         setattr(model.config, name.replace("pad", "token") + ("_token" * ("vision" in name)) + "_id",
                 tokenizer.convert_tokens_to_ids(f"<|{name}|>"))
@@ -100,7 +100,9 @@ def speed(name, build, batch_size, max_new_tokens, args):
     """-> a line of the table, and one about two modes."""
     model, tokenizer, image_processor, questions = build(args)
     stock = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
-    del stock.model.visual.patch_embed.forward  # transformers' own again, Conv3d
+    del stock.model.visual.patch_embed.forward  # transformers' own layers again
+    for layer in stock.modules():
+        layer.__class__ = torch.nn.Linear if type(layer) is gv.Linear else type(layer)
     stock.generation_config = transformers.GenerationConfig()
     rest = tokenizer, image_processor, questions
     by_us(model, tokenizer, image_processor, questions[:2], 2, 2)  # warm-up

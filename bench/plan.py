@@ -267,7 +267,7 @@ def measure(args, cfg):
     torch.manual_seed(0)
     config, before = read_config(cfg.model_name_or_path), step.held()
     with torch.device(args.device):
-        model = gv.patch_embed_as_matmul(Qwen2VLForConditionalGeneration(config)).eval()
+        model = gv.fast_layers(Qwen2VLForConditionalGeneration(config)).eval()
     if cfg.freeze != "none":
         {"vision": model.model.visual, "llm": model.model.language_model}[cfg.freeze].requires_grad_(False)
     single = args.device == "cpu"

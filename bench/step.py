@@ -85,6 +85,7 @@ def parse_args():
                         help=f"default {gv.Config.score_tokens}; 256 for the memory")
     parser.add_argument("--full", action="store_true", help="the shape of Qwen2-VL-2B in bf16, on a GPU")
     parser.add_argument("--program", action="store_true", help="the program's own step in bf16 too")
+    parser.add_argument("--mkl", action="store_true", help="our products on the CPU by MKL, not oneDNN")
     parser.add_argument("--trl", action="store_true", help="time TRL's GRPOTrainer too")
     parser.add_argument("--no_memory", action="store_true", help="leave the memory table out")
     parser.add_argument("--no_time", action="store_true", help="leave the time table out")
@@ -140,7 +141,7 @@ class Ours:
     """This program: image and prompt once per pass."""
     def __init__(self, model, reference, prompts, suppressed, args):
         self.model, self.prompts, self.suppressed = model, prompts, suppressed
-        self.policy, self.frozen = (gv.Policy(gv.patch_embed_as_matmul(m), 1.0, suppressed)
+        self.policy, self.frozen = (gv.Policy(gv.fast_layers(m), 1.0, suppressed)
                                     for m in (model, reference))
         self.cfg = gv.Config(num_generations=args.num_generations, beta=BETA,
                              max_completion_length=args.completion_length,
@@ -275,7 +276,7 @@ def compare(args):
 def program_table(args):
     """The step as the program takes it on one GPU -> lines of a table of its own."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = gv.patch_embed_as_matmul(build_model(args, device).float())
+    model = gv.fast_layers(build_model(args, device).float())
     sampler, frozen = (copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False) for _ in range(2))
     prompts = [build_prompt(args, model) for _ in range(args.prompts)]
     suppressed = unwanted(args, device)
@@ -477,6 +478,8 @@ def machine(threads, packages=("torch", "transformers")):
 
 def main():
     args = parse_args()
+    if args.mkl:
+        gv.Linear = nn.Linear  # with which fast_layers changes nothing
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
     if args.measure:
