@@ -1063,10 +1063,9 @@ def load_model(path, attn_implementation="sdpa", dtype=torch.float32):
 
 
 def fast_layers(model):
-    """Same weights, same checkpoint, but no Conv3d, whose backward is slow, and no slow matrix products: the
-    patch embedding is computed as the product it is, as its kernel and stride are the patch, and the linear
-    layers of a model that is not small by `Linear`. Returns the model.
-    """
+    """Make two kinds of layers faster, with the same weights and the same checkpoint: the patch embedding is
+    computed as the matrix product it is (its kernel and stride are the patch, and Conv3d's backward is slow),
+    and the linear layers, unless the model is small, by `Linear`. Returns the model."""
     def forward(self, pixels):
         weight = self.proj.weight.flatten(1)                                                  # (dim, 1176)
         return nn.functional.linear(pixels.to(weight.dtype), weight)                          # (patches, dim)
@@ -1082,7 +1081,7 @@ def fast_layers(model):
 
 class Linear(nn.Linear):
     """nn.Linear, but float32 on a CPU by oneDNN. torch has both libraries and takes MKL for float32, which on
-    a processor not by Intel needs twice as long."""
+    a processor not by Intel needs about twice as long."""
     def forward(self, x):
         if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
             return super().forward(x)

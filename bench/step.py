@@ -2,6 +2,7 @@
 
     python bench/step.py                # 47M parameters, 324 image tokens, G = 8, 128 tokens, on the CPU
     python bench/step.py --num_generations 4 --image_size 252 --no_memory        # other sizes: see --help
+    python bench/step.py --mkl          # our linear layers as torch computes them, by MKL and not by oneDNN
     python bench/step.py --full         # the 2.2B shape in bf16 with random weights; needs a GPU of 80 GB
     python bench/step.py --program --no_time --no_memory       # that table only, in any size, anywhere
     python bench/step.py --trl          # a step of TRL's GRPOTrainer as well
@@ -30,17 +31,17 @@ Sample output (two cores, medians of seven repeats; the TRL row from a run with 
 
     | phase | usual way, s | ours, s | ratio |
     |---|--:|--:|--:|
-    | rollout | 6.90 | 3.36 | 2.1x |
-    | reference | 4.35 | 1.03 | 4.2x |
-    | update | 20.69 | 3.32 | 6.2x |
-    | reference + update | 25.08 | 4.35 | 5.8x |
-    | **whole step** | 32.08 | 7.89 | 4.1x |
-    | whole step, TRL's GRPOTrainer | 30.53 | 6.93 | 4.4x |
+    | rollout | 6.58 | 2.28 | 2.9x |
+    | reference | 4.22 | 0.61 | 6.9x |
+    | update | 18.93 | 2.15 | 8.8x |
+    | reference + update | 23.12 | 2.81 | 8.2x |
+    | **whole step** | 29.85 | 5.02 | 5.9x |
+    | whole step, TRL's GRPOTrainer | 32.19 | 5.33 | 6.0x |
 
     | memory of the update, MiB | G = 2 | G = 4 | G = 8 | G = 16 | 16 against 2 |
     |---|--:|--:|--:|--:|--:|
     | usual way | 1051 | 2074 | 4120 | 8213 | 7.81x |
-    | ours | 627 | 632 | 632 | 632 | 1.01x |
+    | ours | 639 | 648 | 648 | 648 | 1.01x |
 """
 import argparse
 import copy
@@ -85,7 +86,7 @@ def parse_args():
                         help=f"default {gv.Config.score_tokens}; 256 for the memory")
     parser.add_argument("--full", action="store_true", help="the shape of Qwen2-VL-2B in bf16, on a GPU")
     parser.add_argument("--program", action="store_true", help="the program's own step in bf16 too")
-    parser.add_argument("--mkl", action="store_true", help="our products on the CPU by MKL, not oneDNN")
+    parser.add_argument("--mkl", action="store_true", help="our linear layers by MKL, not oneDNN")
     parser.add_argument("--trl", action="store_true", help="time TRL's GRPOTrainer too")
     parser.add_argument("--no_memory", action="store_true", help="leave the memory table out")
     parser.add_argument("--no_time", action="store_true", help="leave the time table out")
