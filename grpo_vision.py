@@ -1083,8 +1083,8 @@ class Linear(nn.Linear):
     """nn.Linear, but float32 on a CPU by oneDNN. torch has both libraries and takes MKL for float32, which on
     a processor not by Intel needs about twice as long."""
     def forward(self, x):
-        if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
-            return super().forward(x)
+        if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or x.numel() == 0:
+            return super().forward(x)  # the last: oneDNN cannot sum over no rows, those of an empty chunk
         return Product.apply(x, self.weight, self.bias)
 
 
@@ -1092,7 +1092,7 @@ class Product(torch.autograd.Function):
     """x (..., in), weight W (out, in), bias b (out) or None -> y = x W^T + b, (..., out)."""
     @staticmethod
     def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return onednn(x, weight, bias)
 
     @staticmethod
