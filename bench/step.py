@@ -31,11 +31,11 @@ Sample output (two cores, medians of seven repeats; the TRL row from a run with 
 
     | phase | usual way, s | ours, s | ratio |
     |---|--:|--:|--:|
-    | rollout | 6.58 | 2.28 | 2.9x |
-    | reference | 4.22 | 0.61 | 6.9x |
-    | update | 18.93 | 2.15 | 8.8x |
-    | reference + update | 23.12 | 2.81 | 8.2x |
-    | **whole step** | 29.85 | 5.02 | 5.9x |
+    | rollout | 6.92 | 2.22 | 3.1x |
+    | reference | 4.34 | 0.65 | 6.7x |
+    | update | 19.76 | 2.31 | 8.6x |
+    | reference + update | 24.07 | 2.99 | 8.0x |
+    | **whole step** | 30.99 | 5.32 | 5.8x |
     | whole step, TRL's GRPOTrainer | 32.19 | 5.33 | 6.0x |
 
     | memory of the update, MiB | G = 2 | G = 4 | G = 8 | G = 16 | 16 against 2 |
