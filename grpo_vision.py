@@ -1080,12 +1080,13 @@ def fast_layers(model):
 
 
 class Linear(nn.Linear):
-    """nn.Linear, but float32 on a CPU by oneDNN. torch has both libraries and takes MKL for float32, which on
-    a processor not by Intel needs about twice as long."""
+    """nn.Linear, but float32 on a CPU by oneDNN. torch has both libraries and takes MKL for float32, which is
+    slower on an AMD processor (`python bench/step.py --mkl` shows by how much)."""
     def forward(self, x):
-        if not x.is_cpu or x.dtype != torch.float32 or torch.is_autocast_enabled("cpu") or x.numel() == 0:
-            return super().forward(x)  # the last: oneDNN cannot sum over no rows, those of an empty chunk
-        return Product.apply(x, self.weight, self.bias)
+        is_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if x.is_cpu and is_float32 and x.numel():  # an empty chunk has no rows, over which oneDNN cannot sum
+            return Product.apply(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 class Product(torch.autograd.Function):
@@ -1097,12 +1098,19 @@ class Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        # dx = dy W,  dW = dy^T x,  db = sum of dy over the rows
         x, weight = ctx.saved_tensors
+        dx = dW = db = None
         rows = dy.flatten(0, -2)                                                              # (rows, out)
-        return (onednn(dy, weight.T) if ctx.needs_input_grad[0] else None,
-                onednn(rows.T, x.flatten(0, -2).T) if ctx.needs_input_grad[1] else None,
-                rows.sum(0) if ctx.needs_input_grad[2] else None)
+        # dx = dy W
+        if ctx.needs_input_grad[0]:
+            dx = onednn(dy, weight.T)                                                         # (..., in)
+        # dW = dy^T x
+        if ctx.needs_input_grad[1]:
+            dW = onednn(rows.T, x.flatten(0, -2).T)                                           # (out, in)
+        # db = sum of dy over the rows
+        if ctx.needs_input_grad[2]:
+            db = rows.sum(0)                                                                  # (out,)
+        return dx, dW, db
 
 
 def onednn(x, weight, bias=None):
@@ -1111,7 +1119,8 @@ def onednn(x, weight, bias=None):
 
 
 def is_small(model):
-    """As small as the toy's: a second thread would only wait, and calling oneDNN costs what it saves."""
+    """As small as the toy's: a second thread would only wait, and calling oneDNN costs what it saves. 10M
+    parameters lie between the toy's 1.4M and the benchmarks' 43M, which gain by both."""
     return sum(weight.numel() for weight in model.parameters()) < 1e7
 
 

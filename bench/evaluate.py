@@ -102,7 +102,8 @@ def speed(name, build, batch_size, max_new_tokens, args):
     stock = copy.deepcopy(model, memo={id(p): p for p in model.parameters()})
     del stock.model.visual.patch_embed.forward  # transformers' own layers again
     for layer in stock.modules():
-        layer.__class__ = torch.nn.Linear if type(layer) is gv.Linear else type(layer)
+        if type(layer) is gv.Linear:
+            layer.__class__ = torch.nn.Linear
     stock.generation_config = transformers.GenerationConfig()
     rest = tokenizer, image_processor, questions
     by_us(model, tokenizer, image_processor, questions[:2], 2, 2)  # warm-up

@@ -82,7 +82,7 @@ def parse_args():
                  repeats=3, threads=os.cpu_count(), **SHAPE)
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"default {default}")
-    parser.add_argument("--score_tokens", type=int, 
+    parser.add_argument("--score_tokens", type=int,
                         help=f"default {gv.Config.score_tokens}; 256 for the memory")
     parser.add_argument("--full", action="store_true", help="the shape of Qwen2-VL-2B in bf16, on a GPU")
     parser.add_argument("--program", action="store_true", help="the program's own step in bf16 too")
