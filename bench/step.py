@@ -31,11 +31,11 @@ Sample output (two cores, medians of seven repeats; the TRL row from a run with 
 
     | phase | usual way, s | ours, s | ratio |
     |---|--:|--:|--:|
-    | rollout | 6.92 | 2.22 | 3.1x |
-    | reference | 4.34 | 0.65 | 6.7x |
-    | update | 19.76 | 2.31 | 8.6x |
-    | reference + update | 24.07 | 2.99 | 8.0x |
-    | **whole step** | 30.99 | 5.32 | 5.8x |
+    | rollout | 6.75 | 2.38 | 2.8x |
+    | reference | 4.26 | 0.64 | 6.7x |
+    | update | 19.63 | 2.20 | 8.9x |
+    | reference + update | 23.74 | 2.94 | 8.1x |
+    | **whole step** | 30.70 | 5.19 | 5.9x |
     | whole step, TRL's GRPOTrainer | 32.19 | 5.33 | 6.0x |
 
     | memory of the update, MiB | G = 2 | G = 4 | G = 8 | G = 16 | 16 against 2 |
