@@ -1,36 +1,38 @@
 """Visual R1-Zero in one file: GRPO on Qwen2-VL, after VisualThinker-R1-Zero (arXiv 2503.05132).
 
-A base model that looks at a picture and answers a question learns, from right-or-wrong rewards alone, to
-reason before it answers. One training step is this recipe, and the sections below follow it:
+The policy is the language model, seen as a distribution over the next token. Ask it a question about a
+picture several times, and reward each answer by a rule. Then train by maximum likelihood with a weight and a
+sign: every token of an answer is pushed up or down by how much better than its siblings the answer did. That
+is GRPO, Group Relative Policy Optimization. "R1-Zero" means that training starts from a base model. Nobody
+shows it how to reason; it learns from right or wrong alone.
+
+One training step is this recipe. `train_step` puts it together, and the sections below follow it.
 
   1. Draw B questions, each with its image, and put each into the prompt template.
-  2. Sample G completions of each prompt from the policy: N = B * G rows, prompt-major (row i: prompt i // G).
-  3. Reward each completion by rule:    R_i = accuracy (right answer: 0 or 1) + format (well formed: 0 or 1)
-  4. Compare it with its own group:     A_i = (R_i - mean(R)) / (std(R) + 1e-4)
-  5. Score each completion token c_t: its log-probability log pi(c_t | image, prompt, c_<t), by pi_ref, the
-     policy's frozen start (the reference), and by pi, the policy in training; this last is done within
-     step 6, whose backward starts from it.
-  6. Make the tokens of better-than-average completions likelier, the others less, and stay close to pi_ref:
+  2. Sample G completions of each prompt from the policy. Row i of the N = B * G rows has prompt i // G.
+  3. Reward each completion by rules:    R_i = accuracy (0 or 1) + format (0 or 1)
+  4. Compare it with its own group:      A_i = (R_i - mean(R)) / (std(R) + 1e-4)
+  5. Score each completion token c_t by the reference, which is the policy as it was before training:
+         log pi_ref(c_t | image, prompt, c_<t)
+  6. Score it by the policy pi, and follow the gradient of the loss:
          ratio = pi / pi_old            kl = pi_ref / pi - log(pi_ref / pi) - 1
          loss  = mean over rows of mean over tokens of
                  [-min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta kl]
-     pi_old is the policy as it was when it first scored these completions; epsilon and beta are settings.
+     pi_old is the policy when it first scored these completions. The Kullback-Leibler term kl keeps the
+     policy close to the reference.
 
-One idea makes it fast. A group shares one image and one prompt, so these run through the model ONCE per
-pass, and the G completions branch off the keys and values they leave behind. It is exact: `encode_prompt`,
-`score`, and the two-stage backward in `update` show how.
+One idea makes it fast. A group shares one image and one prompt. They run through the model once per pass, and
+the G completions branch off the keys and values that they leave. `encode_prompt`, `score` and the two-stage
+backward in `update` show that this is exact.
 
-Symbols: B prompts, G samples of each, N = B * G rows (from here on those of one process, where several share
-a step), K rows of a chunk, P prompt tokens, C completion tokens, H hidden size, V vocabulary. Tensor lines
-end in their shape: # (N, C). `cfg` holds the settings (`Config`), and `run` what `setup`, near the end, makes
-of them once: the policy, which is trained, the sampler, its copy that samples, the reference, optimizer,
-tokenizer, data.
+Symbols: P prompt tokens, C completion tokens, K rows of a chunk, H hidden size, V vocabulary size. Tensor
+lines end in their shape: # (N, C). `cfg` holds the settings (`Config`). `run` holds what `setup` makes of them:
+the policy, which is trained; the sampler, its copy that samples; the reference; optimizer, tokenizer, data.
 
-    accelerate launch grpo_vision.py                                 # a toy: any laptop, offline, minutes
-    accelerate launch grpo_vision.py --preset sat --max_steps 100    # Qwen2-VL-2B on SAT, on a GPU
-    accelerate launch --num_processes 8 grpo_vision.py --preset sat  # the same sharded over eight (FSDP2)
+    accelerate launch grpo_vision.py                                 # the toy: any laptop, offline, 2 minutes
+    accelerate launch grpo_vision.py --preset sat --max_steps 100    # Qwen2-VL-2B on SAT, on one GPU
+    accelerate launch --num_processes 8 grpo_vision.py --preset sat  # the same, sharded over eight GPUs
 """
-import argparse
 import dataclasses
 import io
 import json
@@ -38,7 +40,6 @@ import math
 import os
 import random
 import re
-import runpy
 import shutil
 import signal
 import statistics
@@ -55,8 +56,7 @@ import torch
 import torch.distributed.checkpoint as distributed_checkpoint
 import transformers
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from accelerate.utils import (InitProcessGroupKwargs, broadcast_object_list, gather_object,
-                              parse_flag_from_env)
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object, parse_flag_from_env
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import nn
@@ -69,203 +69,34 @@ from transformers import AutoTokenizer, HfArgumentParser, Qwen2VLForConditionalG
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-# cuDNN's attention, torch's first choice on an H100, prepares anew for each new shape, and its gradients can
-# be nan where there is a mask (pytorch issue 196678); the others, flash and memory-efficient, do neither
-torch.backends.cuda.enable_cudnn_sdp(False)
 
-
-def fail(message):
-    """Stop with one sentence (exit code 1) where a traceback would tell the user nothing more."""
-    raise SystemExit(f"error: {message}")
-
-
-# ---- Settings --------------------------------------------------------------------------------------------
-
-# What can be set, what the presets set, and which values cannot be. The story begins with step 1.
-
-def setting(default, help):
-    return dataclasses.field(default=default, metadata={"help": help})
-
-
-@dataclass
-class Task:
-    _argument_group_name = "what to train, on what"
-    preset: str = setting("toy", "toy (offline, on a CPU), sat (the paper), sat-sft or vision-r1")
-    model_name_or_path: str = setting("data/toy/base", "model to start from: a folder or a hub id")
-    data: str = setting("data/toy", "Parquet file from prepare_sat.py, or a folder with train.parquet")
-    output_dir: Optional[str] = setting(None, "folder of the run; default: runs/PRESET, or runs/PRESET-2 ...")
-    overwrite: bool = setting(False, "delete what is in output_dir and start anew")
-    resume: bool = setting(False, "go on from output_dir's last checkpoint, with its settings")
-    seed: int = setting(0, "seed of data order and sampling")
-    algorithm: Literal["grpo", "sft"] = setting("grpo", "or sft: learn the data's completions, or answers")
-    freeze: Literal["none", "vision", "llm"] = setting("none", "or vision, llm: the part that is not trained")
-
-
-@dataclass
-class Rollouts:
-    _argument_group_name = "prompt and rollout"
-    prompt: Literal["auto", "base", "instruct"] = setting("auto", "by the chat template; or base, instruct")
-    max_prompt_length: int = setting(1024, "tokens, images included; longer prompts are dropped, never cut")
-    min_pixels: Optional[int] = setting(None, "pixels; smaller images are enlarged to it; None: the model's")
-    max_pixels: Optional[int] = setting(None, "pixels; larger images are shrunk to it; None: the model's")
-    prompts_per_step: int = setting(8, "questions per step, over all processes")
-    num_generations: int = setting(8, "G, completions per prompt")
-    max_completion_length: int = setting(700, "tokens at most per completion")
-    temperature: float = setting(1.0, "sampling temperature; scoring divides the logits by it as well")
-    stages: Optional[str] = setting(None, "100x4096x16,100x8192x8: steps x tokens x G in turn")
-
-
-@dataclass
-class Objective:
-    _argument_group_name = "rewards and loss"
-    rewards: str = setting("accuracy,format", "names from REWARDS, added up")
-    reward_file: Optional[str] = setting(None, "Python file, executed, whose functions join REWARDS")
-    beta: float = setting(0.04, "weight of the KL penalty; 0 loads no reference model")
-    epsilon: float = setting(0.2, "the ratio is clipped below 1 - epsilon")
-    epsilon_high: Optional[float] = setting(None, "and above 1 + epsilon_high; default: epsilon")
-    num_iterations: int = setting(1, "updates per rollout; the clip can act only from the second on")
-    loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how tokens average; or dr_grpo, dapo")
-    scale_rewards: bool = setting(True, "divide advantages by the group's std (false: Dr. GRPO)")
-    mask_truncated_completions: bool = setting(False, "completions cut at the limit teach nothing (DAPO)")
-
-
-@dataclass
-class Optimization:
-    _argument_group_name = "optimizer"
-    max_steps: int = setting(1500, "training steps, one rollout each")
-    learning_rate: float = setting(1e-6, "AdamW's rate at the start; falls linearly to 0 at max_steps")
-    weight_decay: float = setting(0.0, "AdamW's weight decay")
-    max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this norm; 0: never")
-
-
-@dataclass
-class Machine:
-    _argument_group_name = "machine and files"
-    score_tokens: int = setting(2048, "completion tokens (or one completion) scored at a time: bounds memory")
-    attn_implementation: str = setting("sdpa", "for scoring: sdpa, eager, or flash_attention_2 if installed")
-    save_steps: int = setting(100, "steps between checkpoints")
-    save_total_limit: Optional[int] = setting(None, "checkpoints kept, the newest; default: all")
-    eval_steps: int = setting(100, "steps between evaluations while training; 0: none")
-    eval_data: str = setting("nyu-visionx/CV-Bench", "comma-separated sets, as eval_cvbench.py takes them")
-    eval_limit: int = setting(128, "questions of each set, the same ones every time")
-    log_with: Optional[str] = setting(None, "an accelerate tracker besides metrics.jsonl: tensorboard, ...")
-
-
-@dataclass
-class Config(Machine, Optimization, Objective, Rollouts, Task):
-    """Every setting of a run, as grouped above (a dataclass takes the last base's fields first). Precedence:
-    these defaults < --preset < the run to --resume < command line."""
-
-
-# the paper's recipe is Config's defaults; 401,408 pixels are 512 image tokens of 28 x 28
-SAT = dict(model_name_or_path="Qwen/Qwen2-VL-2B", data="data/sat", min_pixels=3136, max_pixels=401408)
-PRESETS = {
-    "toy": dict(prompts_per_step=16, max_completion_length=64, max_steps=100, learning_rate=2e-4, beta=0.01,
-                save_steps=50, eval_steps=10, eval_data="data/toy/cvbench,data/toy/test.parquet"),
-    "sat": SAT,
-    # the paper's baseline: the same questions, answered without reasoning; 3750 x 8 is twice 15,000 rows
-    "sat-sft": dict(SAT, algorithm="sft", learning_rate=2e-5, max_steps=3750, loss_type="dapo"),
-    # Vision-R1 (arXiv 2503.06749), after its cold start: --model_name_or_path is the result of that
-    "vision-r1": dict(SAT, rewards="hard", beta=0.01, stages="100x4096x16,100x8192x8"),
-}
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """--help with one line per setting and the preset's defaults; no metavar, and no default that is None."""
-    def __init__(self, prog):
-        super().__init__(prog, max_help_position=32, width=132)
-
-    def add_argument(self, action):
-        if not action.option_strings[0].startswith("--no_"):  # transformers' other way to say "false"
-            super().add_argument(action)
-
-    def _format_action_invocation(self, action):
-        return action.option_strings[0]
-
-    def _get_help_string(self, action):
-        return action.help if action.default is None else super()._get_help_string(action)
-
-
-def parse_config(argv=None):
-    """Command line (list of str; None: sys.argv) -> Config."""
-    parser = HfArgumentParser(Config.__bases__[::-1], allow_abbrev=False, formatter_class=HelpFormatter,
-                              usage="grpo_vision.py [--preset NAME] [--setting VALUE ...]",
-                              description=__doc__.splitlines()[0])
-    argv = sys.argv[1:] if argv is None else argv
-    given, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    if given.preset not in PRESETS:
-        fail(f"--preset {given.preset} is unknown; choose one of: {', '.join(PRESETS)}")
-    parser.set_defaults(**PRESETS[given.preset])
-    saved = Path(given.output_dir or f"runs/{given.preset}") / "config.json"
-    if given.resume and saved.exists():  # a run goes on as it began, but for what is given anew
-        parser.set_defaults(**{**json.loads(saved.read_text()), "overwrite": False, "resume": True})
-    *groups, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        fail(f"unknown argument {unknown[0]}; `python grpo_vision.py --help` lists them all")
-    cfg = Config(**{name: value for group in groups for name, value in vars(group).items()})
-    for name in ("max_steps", "max_completion_length", "num_generations") if cfg.stages else ():
-        if any(word.split("=")[0].replace("-", "_") == f"__{name}" for word in argv):
-            fail(f"--{name} is set by --stages {cfg.stages}; change that, or leave it out by --stages ''")
-    if cfg.algorithm == "sft":  # one completion per prompt, with advantage 1; nothing to stay close to
-        cfg.num_generations, cfg.beta, cfg.temperature = 1, 0.0, 1.0
-    check_config(cfg)
-    cfg.max_steps = sum(steps for steps, _, _ in stages_of(cfg))
-    return cfg
-
-
-def check_config(cfg):
-    """Stop with a sentence if a setting cannot be; the functions of --reward_file join REWARDS."""
-    names, found = cfg.rewards.split(","), load_rewards(cfg.reward_file) if cfg.reward_file else {}
-    REWARDS.update(found)
-    for name in names:
-        if name not in REWARDS:
-            fail(f"--rewards {name} is unknown; choose from: {', '.join(REWARDS)}")
-    if cfg.reward_file and not set(found) & set(names):
-        fail(f"--reward_file {cfg.reward_file}: --rewards names none of its functions ({', '.join(found)}); "
-             "name one, or leave the file out by --reward_file ''")
-    least = dict(prompts_per_step=1, num_generations=1, max_completion_length=1, num_iterations=1,
-                 max_steps=1, score_tokens=1, save_steps=1, save_total_limit=1, eval_steps=0, eval_limit=1,
-                 beta=0, epsilon=0, max_grad_norm=0, learning_rate=0, weight_decay=0)
-    for flag, bound in least.items():
-        if getattr(cfg, flag) is not None and getattr(cfg, flag) < bound:
-            fail(f"--{flag} {getattr(cfg, flag)}: must be at least {bound}")
-    if cfg.algorithm == "grpo" and any(generations < 2 for _, _, generations in stages_of(cfg)):
-        flag = f"stages {cfg.stages}" if cfg.stages else f"num_generations {cfg.num_generations}"
-        fail(f"--{flag}: at least 2 generations, or a completion has no mean to beat")
-    if not cfg.temperature > 0:
-        fail(f"--temperature {cfg.temperature}: must be above 0, or a group's completions are all equal")
-
-
-def stages_of(cfg):
-    """-> [(steps, max_completion_length, num_generations), ...]: Vision-R1's staged lengths (PTST, arXiv
-    2503.06749, section 3.3), or the one stage that the other settings make."""
-    text = cfg.stages or f"{cfg.max_steps}x{cfg.max_completion_length}x{cfg.num_generations}"
-    stages = [tuple(map(int, stage.split("x"))) for stage in re.findall(r"[1-9]\d*x[1-9]\d*x[1-9]\d*", text)]
-    if ",".join("x".join(map(str, stage)) for stage in stages) != text:
-        fail(f"--stages {text}: must look like 100x4096x16,100x8192x8 (steps x tokens x generations)")
-    return stages
-
-
-def settings_at(cfg, step):
-    """-> cfg with the length and group size of the stage to which `step` (from 0) belongs."""
-    for steps, length, generations in stages_of(cfg):
-        if step < steps:
-            G = generations if cfg.algorithm == "grpo" else 1
-            return dataclasses.replace(cfg, max_completion_length=length, num_generations=G)
-        step -= steps
+def train_step(run, cfg, step):
+    """The recipe, once -> the step's metrics and its completions, to be logged."""
+    timer = Timer()
+    # 1. B questions with their images, in the prompt template
+    batch = draw_batch(run, cfg, step)
+    # 2. G completions of each
+    rollout = draw_completions(run, cfg, step, batch)
+    timer.lap("rollout")
+    # 3. their rewards, by name
+    rewards = compute_rewards(cfg.rewards, rollout.texts, rollout.lengths, batch.rows)
+    # 4. their advantages
+    advantages = group_advantages(sum(rewards.values(), torch.zeros(len(rollout.texts))), cfg.num_generations, cfg.scale_rewards)  # (N,)
+    # 5. the reference's log-probabilities
+    ref_logps = score_rollout(run.reference, batch.prompts, rollout, cfg)                         # (N, C)
+    timer.lap("reference")
+    # 6. the policy's, the loss and the update
+    sums = optimise(run, cfg, step, batch, rollout, advantages, ref_logps)
+    timer.lap("update")
+    return summarise(run, cfg, step, batch, rollout, rewards, advantages, sums, timer.seconds)
 
 
 # ---- Step 1: the question, with its images, in the prompt template ---------------------------------------
 
-# A row of the data (images, question, options, answer) becomes what the model takes in: token ids, their
-# positions, pixels. Every process draws its own share of the step's B questions.
-
 IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
 
-
-# The paper's templates, verbatim. The base model's prefills <think> and never mentions <answer>: that the
-# policy comes to write answer blocks is the format reward's doing. (The paper's code also leaves a literal
-# "<image>" in front.) The direct ones are for answers without reasoning.
+# The paper's templates, verbatim. The base model's ends in <think> and never mentions <answer>: the policy
+# learns to write answer blocks from the format reward. "direct" is for answers without reasoning.
 BASE_PROMPT = (
     "A conversation between User and Assistant. The user asks a question about the image, and the Assistant "
     "solves it. The assistant first thinks about the reasoning process in the mind and then provides the "
@@ -281,19 +112,8 @@ TEMPLATES = {
 }
 
 
-def choose_prompt(tokenizer, prompt="auto"):
-    """-> "base" or "instruct"; auto: instruct if the chat template tells user from assistant. (The one that
-    is saved with base models renders both alike: eval_cvbench.SERVED_PROMPT.)"""
-    turns = [[{"role": role, "content": "?"}] for role in ("user", "assistant")]
-    has_roles = tokenizer.chat_template is not None and len(
-        {tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns}) == 2
-    if prompt == "instruct" and not has_roles:
-        fail("--prompt instruct: the model has no chat template that tells user from assistant; leave it out")
-    return prompt if prompt != "auto" else "instruct" if has_roles else "base"
-
-
 def build_question(question, options):
-    """The paper's wording of a question with its options; without options, the question as it is.
+    """The paper's wording of a question with its options. Without options it stays as it is.
 
     >>> build_question("How many chairs are there?", ["2", "3", "5"])
     'Answer in natural language. How many chairs are there? Choose between the following options: 2, 3 or 5'
@@ -307,8 +127,8 @@ def build_question(question, options):
 def render(question, num_images, template, tokenizer):
     """Fill TEMPLATES[template] with a question -> the prompt's text, with IMAGE_TOKENS once per image.
 
-    Images come first, numbered if there are several. instruct: all of it is the user's turn of the chat
-    template, and the assistant's turn is opened.
+    Images come first, numbered if there are several. An instruct prompt is the user's turn of the chat
+    template, behind which the assistant's turn is opened.
     """
     numbers = [f"Picture {i + 1}: " if num_images > 1 else "" for i in range(num_images)]
     images = "".join(number + IMAGE_TOKENS for number in numbers)
@@ -321,8 +141,8 @@ def render(question, num_images, template, tokenizer):
 
 def row_text(row, template, tokenizer):
     """A data row -> its prompt's text."""
-    return render(build_question(row["question"], row["options"]), len(row["images"] or []), template,
-                  tokenizer)
+    question = build_question(row["question"], row["options"])
+    return render(question, len(row["images"] or []), template, tokenizer)
 
 
 @dataclass
@@ -364,23 +184,16 @@ def build_prompt(text, images, tokenizer, image_processor, model):
     return Prompt(text, ids, position_ids, **pixels)  # pixels: pixel_values, image_grid_thw
 
 
-def seeded(*key):
-    """random.Random of `key` alone. Each draw has its own key, such as (seed, "sample", step, rank), and
-    depends on no draw before it, so that a resumed run has nothing to replay."""
-    return random.Random("/".join(map(str, key)))
-
-
-def draw(numbers, seed, first, count):
-    """Entries first .. first + count - 1 of an endless walk over row numbers, shuffled anew in each epoch;
-    they are found by their place alone, so that there is nothing to keep, or to replay."""
-    n, last = len(numbers), first + count - 1
-    epochs = range(first // n, last // n + 1)
-    walks = {epoch: seeded(seed, "epoch", epoch).sample(numbers, n) for epoch in epochs}
-    return [walks[i // n][i % n] for i in range(first, last + 1)]
+@dataclass
+class Batch:
+    """This process's questions of a step."""
+    numbers: list   # B row numbers of the data
+    rows: list      # B rows (dicts)
+    prompts: list   # B Prompts
 
 
 def draw_batch(run, cfg, step):
-    """This process's B of the step's questions -> row numbers, rows (dicts), Prompts."""
+    """This process's share of the step's questions -> Batch."""
     B, rank = cfg.prompts_per_step // run.accelerator.num_processes, run.accelerator.process_index
     numbers = draw(run.kept, cfg.seed, step * cfg.prompts_per_step + rank * B, B)
     rows, prompts = [run.data[i] for i in numbers], []
@@ -393,21 +206,20 @@ def draw_batch(run, cfg, step):
                 features = run.sampler.model.get_image_features(prompts[-1].pixel_values,
                                                                 prompts[-1].image_grid_thw)
             prompts[-1].image_features = torch.cat(features.pooler_output)
-    return numbers, rows, prompts
+    return Batch(numbers, rows, prompts)
 
 
 # ---- Step 2: run image and prompt through the model once, and branch off G completions -------------------
 
-# The policy answers, G times for each prompt, token by token. What the G have in common, image and prompt,
-# runs through the model once per pass; sampling here and scoring in step 5 go on from its keys and values.
+# The policy answers, G times for each prompt, token by token. Image and prompt run through the model once.
+# Sampling here and scoring in step 5 go on from the keys and values that they leave.
 
 def encode_prompt(model, prompt):
     """Image tower and prompt, once -> what each layer leaves, [keys of layer 0, values of layer 0, keys of
     layer 1, ...], each (1, kv_heads, P - 1, head_dim), and the last hidden states (1, P - 1, H).
 
     The last prompt token is left out. It becomes the first input of every completion, whose output predicts
-    the first completion token; so keys and values are all that sampling and scoring need from here. (The
-    hidden states are for FSDP: see the end of `update`.)
+    the first completion token. So sampling and scoring need the keys and values only.
     """
     ids = prompt.input_ids[:, :-1]
     inputs = dict(input_ids=ids, pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
@@ -420,114 +232,18 @@ def encode_prompt(model, prompt):
     return prompt_kv, output.last_hidden_state
 
 
-class BranchLayer(DynamicLayer):
-    """One layer of a cache that begins with the prompt's keys and values, (rows, kv_heads, P - 1, head_dim).
-
-    place None: new keys are joined by `torch.cat`, which autograd follows (scoring). Otherwise they are
-    written in place, because a `cat` at every token would copy the whole cache (sampling): keys and values
-    come with room for them, and `place`, (1,), says where the next go; it is one tensor, which all layers
-    share and `Decoder.feed` moves on. What is written is attended to; or, if fixed, all there is room for,
-    so that shapes stay the same at every token, and the mask has to hide what is not yet written.
-    """
-    def __init__(self, keys, values, place=None, fixed=False):
-        super().__init__()
-        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
-        self.keys, self.values, self.place, self.fixed = keys, values, place, fixed
-
-    def update(self, keys, values, *args, **kwargs):
-        if self.place is None:
-            return super().update(keys, values)
-        self.keys.index_copy_(2, self.place, keys)
-        self.values.index_copy_(2, self.place, values)
-        end = self.keys.shape[2] if self.fixed else int(self.place) + 1
-        return self.keys[:, :, :end], self.values[:, :, :end]
-
-
-def token_logps(model, hidden, temperature, suppressed):
+def token_logps(model, hidden, temperature):
     """(..., H) hidden states -> (..., V) log-probabilities, the one place where states become a distribution.
 
-    suppressed: (V,) bool, tokens that are never drawn (`suppressed_tokens`). Sampling and scoring must
-    share it, and the temperature (which the paper's code ignores), or the policy that is trained would
-    not be the one whose samples were rewarded.
+    Sampling and scoring share it, with its temperature and `model.suppressed`, (V,) bool, the tokens that are
+    never drawn. Otherwise the policy that is trained would not be the one whose samples were rewarded. (The
+    paper's code ignores the temperature here.)
     """
     logits = model.lm_head(hidden)
     # in place: with 151,936 tokens in the vocabulary these are the largest tensors of all
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
     # the smallest finite number, not -inf: p * log p must be 0 in the entropy, not nan
-    return logits.masked_fill_(suppressed, torch.finfo(logits.dtype).min).log_softmax(-1)
-
-
-class Decoder:
-    """N rows on their way through the completion; each call of `step` is one token further.
-
-    Each of the B prompts has run through the model once, and its keys and values are repeated G times.
-    Shorter prompts are padded on the left and masked. A row of the cache, `room` tokens longer than the
-    prompts:
-
-        [ pad pad | prompt without its last token | last prompt token, c_1, c_2, ... | not yet written ]
-
-    fixed: all of it takes part in every step, behind a mask, so that no shape ever changes. A CUDA graph
-    needs that: on a GPU the step is recorded once and replayed, because launching its hundreds of kernels
-    takes longer than running them. Not fixed (on a CPU): only what is already written takes part in a step.
-    """
-    def __init__(self, model, prompts, num_generations, room, fixed=None):
-        encoded = [encode_prompt(model, prompt)[0] for prompt in prompts]
-        repeat = lambda x: x.repeat_interleave(num_generations, 0)
-        lengths = torch.tensor([prompt_kv[0].shape[2] for prompt_kv in encoded])                  # (B,)
-        longest = int(lengths.max())                                                              # P - 1
-        room += 8 - (longest + room) % 8  # a GPU copies a mask at each use, if its rows are no multiple of 8
-        pad = lambda x: nn.functional.pad(x, (0, 0, longest - x.shape[2], room))
-        self.model, self.fixed = model, model.device.type == "cuda" if fixed is None else fixed
-        self.masked = self.fixed or len(set(lengths.tolist())) > 1  # attention is faster without a mask
-        self.place = torch.tensor([longest], device=model.device)  # where the next keys and values go
-        # each (N, kv_heads, longest + room, head_dim)
-        kv = [repeat(torch.cat([pad(x) for x in of_prompts])) for of_prompts in zip(*encoded)]
-        self.cache = Cache(layers=[BranchLayer(keys, values, self.place, self.fixed)
-                                   for keys, values in zip(kv[::2], kv[1::2])])
-        self.tokens = repeat(torch.cat([prompt.input_ids[:, -1:] for prompt in prompts]))         # (N, 1)
-        # M-RoPE's position of a token minus its place in the cache, the same all along a row
-        offset = torch.tensor([[prompt.next_position - 1 - longest] for prompt in prompts])
-        self.offset = repeat(offset).to(model.device)                                             # (N, 1)
-        places = torch.arange(longest + room)
-        unseen = (places < longest - lengths[:, None]) | (places > longest)             # (B, longest + room)
-        mask = torch.zeros(unseen.shape, dtype=model.dtype).masked_fill(unseen, torch.finfo(model.dtype).min)
-        self.mask = repeat(mask.to(model.device))[:, None, None]                  # (N, 1, 1, longest + room)
-        self.replay = None
-
-    def step(self):
-        """-> (rows, H) hidden states, after which the next token is to be drawn."""
-        if not self.fixed or self.model.device.type != "cuda":
-            return self.forward()
-        if self.replay is None:
-            # libraries set themselves up on first use, outside the recording; the replay will write over what
-            # this writes, at the same place
-            self.forward()
-            self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may go on
-                self.replay = self.forward()
-        self.graph.replay()
-        return self.replay
-
-    def forward(self):
-        mask = self.mask if self.fixed else self.mask[..., :int(self.place) + 1]
-        mask = {"full_attention": mask if self.masked else None}  # a dict: transformers makes none of its own
-        positions = (self.offset + self.place).expand(3, -1, -1)                                  # (3, N, 1)
-        output = self.model.model(input_ids=self.tokens, position_ids=positions, past_key_values=self.cache,
-                                  attention_mask=mask)
-        return output.last_hidden_state[:, -1]
-
-    def feed(self, tokens):
-        """tokens: (rows, 1), which the next step takes in."""
-        self.tokens.copy_(tokens)
-        self.place += 1
-        self.mask.index_fill_(3, self.place, 0)
-
-    def keep(self, alive):
-        """alive: (rows,) bool. The others leave the batch; a graph must be recorded anew."""
-        self.tokens, self.offset, self.mask = (x[alive] for x in (self.tokens, self.offset, self.mask))
-        for layer in self.cache.layers:
-            layer.keys, layer.values = layer.keys[alive], layer.values[alive]
-        self.replay = None
+    return logits.masked_fill_(model.suppressed, torch.finfo(logits.dtype).min).log_softmax(-1)
 
 
 @dataclass
@@ -537,28 +253,32 @@ class Rollout:
     completion_mask: torch.Tensor  # (N, C) bool, True up to the end token, which counts: it was chosen too
     sampling_logps: torch.Tensor   # (N, C) log-probability of each token when it was drawn
     finished: torch.Tensor         # (N,) bool, False if cut off at max_completion_length
+    texts: Optional[list] = None   # N str, what the completions say
+
+    @property
+    def lengths(self):
+        return self.completion_mask.sum(1)                                                        # (N,)
 
 
 @torch.no_grad()
-def sample(model, prompts, num_generations, max_completion_length, temperature, suppressed, eos_ids,
-           generator=None):
-    """Draw G completions of each prompt (temperature 0: the likeliest tokens) -> Rollout, rows prompt-major,
-    like everything here. (In the paper's code completions are sample-major, but images and answers are
-    prompt-major, which fits for one prompt per device only.)
+def sample(model, prompts, num_generations, max_completion_length, temperature, generator=None):
+    """Draw G completions of each prompt (temperature 0: the likeliest tokens) -> Rollout, rows prompt-major.
+    (In the paper's code completions are sample-major, but images and answers are prompt-major. That fits for
+    one prompt per device only.)
 
     All N rows decode together. A row that is done leaves the batch; on a GPU it waits until half are done.
     """
     decoder = Decoder(model, prompts, num_generations, room=max_completion_length)
     N, limit, device = num_generations * len(prompts), max_completion_length, model.device
-    completion_ids = torch.full((N, limit), eos_ids[0], device=device)
+    completion_ids = torch.full((N, limit), model.eos_ids[0], device=device)
     sampling_logps = torch.zeros(N, limit, device=device).to(torch.promote_types(model.dtype, torch.float32))
     num_tokens = torch.zeros(N, dtype=torch.long, device=device)
     finished = torch.zeros(N, dtype=torch.bool, device=device)
     rows = torch.arange(N, device=device)              # of the N rows, those that are still in the batch
     running = torch.ones(N, dtype=torch.bool, device=device)  # for each of these: is it not done yet?
-    ends = torch.tensor(eos_ids, device=device)
+    ends = torch.tensor(model.eos_ids, device=device)
     for t in range(limit):
-        logps = token_logps(model, decoder.step(), temperature or 1.0, suppressed)                # (rows, V)
+        logps = token_logps(model, decoder.step(), temperature or 1.0)                            # (rows, V)
         if temperature > 0:
             # the token at which the sum of the probabilities passes u, uniform in [0, 1); in float64, because
             # 150,000 unlikely tokens add up to something, and float32 would round them away
@@ -567,7 +287,7 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
             tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)           # (rows, 1)
         else:
             tokens = logps.argmax(-1, keepdim=True)
-        completion_ids[rows, t] = torch.where(running, tokens[:, 0], eos_ids[0])
+        completion_ids[rows, t] = torch.where(running, tokens[:, 0], model.eos_ids[0])
         sampling_logps[rows, t] = torch.where(running, logps.gather(-1, tokens)[:, 0], 0.0)
         num_tokens[rows] += running
         finished[rows] |= running & torch.isin(tokens[:, 0], ends)
@@ -584,33 +304,24 @@ def sample(model, prompts, num_generations, max_completion_length, temperature, 
     return Rollout(completion_ids[:, :C], completion_mask, sampling_logps[:, :C], finished)
 
 
-def draw_completions(run, cfg, step, prompts):
-    """G completions of each prompt by the policy -> Rollout."""
-    generator = torch.Generator(run.accelerator.device)
-    generator.manual_seed(seeded(cfg.seed, "sample", step, run.accelerator.process_index).getrandbits(63))
-    return sample(run.sampler, prompts, cfg.num_generations, cfg.max_completion_length, cfg.temperature,
-                  run.suppressed, run.eos_ids, generator)
-
-
-def given_completions(run, cfg, rows, prompts):
-    """SFT: the data's completions, or else its answers, stand where the samples would -> Rollout."""
-    ids = []
-    for row, prompt in zip(rows, prompts):
-        text = row.get("completion") or row["answer"]
-        if prompt.text.endswith("<think>"):
-            text = text.removeprefix("<think>")
-        ids.append(torch.tensor(run.tokenizer(text).input_ids + run.eos_ids[:1])[:cfg.max_completion_length])
-    lengths = torch.tensor([len(x) for x in ids])
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=run.eos_ids[0])         # (N, C)
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    finished = ids[torch.arange(len(ids)), lengths - 1] == run.eos_ids[0]
-    found = (ids, mask, torch.zeros(ids.shape), finished)
-    return Rollout(*(x.to(run.accelerator.device) for x in found))
+def draw_completions(run, cfg, step, batch):
+    """G completions of each prompt by the policy -> Rollout. For SFT (supervised fine-tuning) the data's own
+    stand in their place."""
+    if cfg.algorithm == "sft":
+        rollout = given_completions(run, cfg, batch)
+    else:
+        generator = torch.Generator(run.accelerator.device)
+        generator.manual_seed(seeded(cfg.seed, "sample", step, run.accelerator.process_index).getrandbits(63))
+        rollout = sample(run.sampler, batch.prompts, cfg.num_generations, cfg.max_completion_length,
+                         cfg.temperature, generator)
+    rollout.texts = [completion_text(batch.prompts[i // cfg.num_generations].text, ids[mask], run.tokenizer)
+                     for i, (ids, mask) in enumerate(zip(rollout.completion_ids, rollout.completion_mask))]
+    return rollout
 
 
 # ---- Step 3: the rewards, pure functions of the text -----------------------------------------------------
 
-# Rules judge a completion by its text alone; no reward model has to be trained, or can be deceived.
+# Rules judge a completion by its text alone. There is no reward model to train or to fool.
 
 ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 WELL_FORMED = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
@@ -644,7 +355,7 @@ def normalise(text):
 def choose(answer, options):
     """-> the option that `answer` (from `extract_answer`) is, by its text or its letter, or None.
 
-    Case, spaces, a final full stop and brackets around the letter are forgiven; a letter beyond the options
+    Case, spaces, a final full stop and brackets around the letter are forgiven. A letter beyond the options
     chooses nothing, and nothing is found inside other words or numbers.
 
     >>> choose("Left.", ["right", "left"]), choose("(b)", ["right", "left"]), choose("5", ["15", "3"])
@@ -693,48 +404,40 @@ def length_reward(completion, num_tokens, **_):
 
 
 # name -> function(completion, num_tokens, **columns of the data row) -> float. The completion begins with the
-# <think> that the base prompt ends in; an instruct model has to write it itself
+# <think> that the base prompt ends in; an instruct model has to write it itself. Add your own: README.md
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "hard": hard_reward, "length": length_reward}
 
 
-def load_rewards(path):
-    """Functions defined in a Python file, by name. The file is executed."""
-    try:
-        found = runpy.run_path(path, run_name="reward_file")
-    except Exception as error:  # whatever the user's code may raise
-        fail(f"--reward_file {path}: {type(error).__name__}: {error}")
-    return {name: f for name, f in found.items() if getattr(f, "__module__", None) == "reward_file"}
-
-
 def compute_rewards(names, texts, lengths, rows):
-    """Each named reward of N completions, with their lengths in tokens and data rows -> {name: (N,)}."""
-    rewards = {}
+    """Comma-separated names from REWARDS, N completions, their lengths in tokens (N,) and the B data rows,
+    each of which has N / B completions -> {name: (N,) float32}."""
+    rewards, G = {}, len(texts) // len(rows)
     rows = [{key: row[key] for key in row if key != "completion"} for row in rows]  # that column is for SFT
-    for name in names:
-        values = []
-        for text, length, row in zip(texts, lengths, rows, strict=True):
-            try:
-                values.append(float(REWARDS[name](text, num_tokens=length, **row)))
-            except Exception as error:  # whatever the user's code may raise
-                fail(f"reward {name}: {type(error).__name__}: {error}; it was given {text[-200:]!r}")
-            if not math.isfinite(values[-1]):
-                fail(f"reward {name} is {values[-1]} for {text[-200:]!r}; it must return a finite number")
-        rewards[name] = torch.tensor(values)
+    for name in filter(None, names.split(",")):
+        values = [REWARDS[name](text, num_tokens=int(lengths[i]), **rows[i // G])
+                  for i, text in enumerate(texts)]
+        rewards[name] = torch.tensor(values, dtype=torch.float32)                                 # (N,)
+        for text, value in zip(texts, rewards[name].tolist()):
+            if not math.isfinite(value):
+                fail(f"The reward {name} is {value} for {text[-200:]!r}. It must be a finite float32 number.")
     return rewards
 
 
 # ---- Step 4: the advantages, each completion against its own group ---------------------------------------
 
-# A reward says little by itself: 1 is poor where the siblings got 2. The advantage compares. To subtract such
-# a baseline leaves the direction of the mean gradient as it is, and takes away most of its noise.
+# A reward says little by itself: 1 is poor where the siblings got 2. The advantage compares. Subtracting the
+# group's mean keeps the expected gradient and reduces its noise.
 
 def group_advantages(rewards, num_generations, scale_rewards=True):
     """(N,) rewards, prompt-major -> (N,) advantages A = (R - mean) / (std + 1e-4) per group; unbiased std.
 
     The group is its own baseline: no value network (DeepSeekMath, arXiv 2402.03300, section 4.1.2; the 1e-4
-    is from the paper's code). scale_rewards=False leaves A = R - mean: the std gives more weight to questions
-    nearly always right, or wrong (Dr. GRPO, arXiv 2503.20783). A group without spread gets exactly 0.
+    is from the paper's code). scale_rewards=False leaves A = R - mean, because the std gives more weight to
+    questions that are nearly always right or wrong (Dr. GRPO, arXiv 2503.20783). A group without spread gets
+    exactly 0.
     """
+    if num_generations == 1:  # supervised fine-tuning: no siblings, and step 6 follows the gradient of log pi
+        return torch.ones_like(rewards)                                                           # (N,)
     R = rewards.view(-1, num_generations)                                                         # (B, G)
     # A = (R - mean(R)) / (std(R) + 1e-4)
     A = R - R.mean(1, keepdim=True)                                                               # (B, G)
@@ -750,7 +453,7 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
 # are known by now, so one pass scores them all, for as many rows at a time as score_tokens admits. The start
 # is asked here, by `score_rollout`; the policy in step 6, by the same `score`, with the graph for backward.
 
-def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature, suppressed):
+def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature):
     """Log-probabilities and (without gradient) entropy of K completions, each (K, C), 0 where masked.
 
     All rows attend to the same keys and values of the prompt, expanded and not computed again, and to their
@@ -765,28 +468,12 @@ def score(model, prompt, prompt_kv, completion_ids, completion_mask, temperature
     cache = Cache(layers=[BranchLayer(keys, values) for keys, values in zip(kv[::2], kv[1::2])])
     hidden = model.model(input_ids=inputs, position_ids=positions.expand(3, K, C),
                          past_key_values=cache).last_hidden_state  # [:, t] predicts token t       (K, C, H)
-    logps = token_logps(model, hidden[completion_mask], temperature, suppressed)                 # (tokens, V)
+    logps = token_logps(model, hidden[completion_mask], temperature)                 # (tokens, V)
     chosen = logps.gather(-1, completion_ids[completion_mask][:, None])[:, 0]                     # (tokens,)
     with torch.no_grad():
         entropy = -logps.exp().mul_(logps).sum(-1)                                                # (tokens,)
     blank = torch.zeros(K, C, dtype=logps.dtype, device=logps.device)
     return blank.masked_scatter(completion_mask, chosen), blank.masked_scatter(completion_mask, entropy)
-
-
-class Policy(nn.Module):
-    """A model behind one door. FSDP wraps this module and its hooks run in `forward` only, so every forward
-    of the trained weights, encoding or scoring, has to come through here. autocast: compute in bf16."""
-    def __init__(self, model, temperature, suppressed, autocast=False):
-        super().__init__()
-        self.model, self.temperature, self.autocast = model, temperature, autocast
-        self.register_buffer("suppressed", suppressed, persistent=False)
-
-    def forward(self, prompt, prompt_kv=None, completion_ids=None, completion_mask=None):
-        with torch.autocast(self.suppressed.device.type, torch.bfloat16, enabled=self.autocast):
-            if prompt_kv is None:
-                return encode_prompt(self.model, prompt)
-            return score(self.model, prompt, prompt_kv, completion_ids, completion_mask,
-                         self.temperature, self.suppressed)
 
 
 def chunks(lengths, score_tokens):
@@ -820,6 +507,8 @@ def group_chunks(rollout, group, cfg):
 def score_rollout(reference, prompts, rollout, cfg):
     """(N, C) log-probabilities of the rollout by the reference, a `Policy` too, without gradient. Every
     process has the whole reference, not a shard, so that none has to wait for another here."""
+    if reference is None:  # beta 0
+        return None
     per_token_logps = torch.zeros_like(rollout.sampling_logps)
     for group, prompt in enumerate(prompts):
         prompt_kv, _ = reference(prompt)
@@ -946,91 +635,185 @@ def update(policy, prompts, rollout, advantages, token_weights, ref_per_token_lo
     return per_token_logps, sums
 
 
-def optimise(run, cfg, step, prompts, rollout, advantages, ref_logps):
+def optimise(run, cfg, step, batch, rollout, advantages, ref_logps):
     """num_iterations updates of the weights -> sums over tokens to log and the norm of the gradient before
     clipping, of the last update, but nll and mismatch of the first. An update whose norm is not finite leaves
     the weights as they are, and is the last."""
     accelerator = run.accelerator
-    lengths = rollout.completion_mask.sum(1)                                                      # (N,)
+    advantages = advantages.to(accelerator.device)                                                # (N,)
     # (rows of all processes,)
-    everyones = weigh_tokens(accelerator.gather(lengths), accelerator.gather(rollout.finished), cfg)
+    everyones = weigh_tokens(accelerator.gather(rollout.lengths), accelerator.gather(rollout.finished), cfg)
     token_weights = everyones.chunk(accelerator.num_processes)[accelerator.process_index].float() # (N,)
-    learning_rate = cfg.learning_rate * (1 - step / cfg.max_steps)
-    run.optimizer.param_groups[0].update(lr=learning_rate, weight_decay=cfg.weight_decay)
     old_logps = None  # in the first update pi_old is pi itself
     for _ in range(cfg.num_iterations):
-        logps, sums = update(run.policy, prompts, rollout, advantages, token_weights, ref_logps, old_logps,
-                             cfg, accelerator.num_processes)
+        logps, sums = update(run.policy, batch.prompts, rollout, advantages, token_weights, ref_logps,
+                             old_logps, cfg, accelerator.num_processes)
         old_logps = logps if old_logps is None else old_logps                                     # (N, C)
         norm = accelerator.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm or math.inf)
-        grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-        if math.isfinite(grad_norm):
+        sums["grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        run.optimizer.param_groups[0]["lr"] = learning_rate_at(cfg, step)
+        if math.isfinite(sums["grad_norm"]):
             run.optimizer.step()
         run.optimizer.zero_grad()
-        if not math.isfinite(grad_norm):
+        if not math.isfinite(sums["grad_norm"]):
             break
+    refresh(run.sampler, run.policy)
     sums["nll"] = -old_logps.sum().item()  # before the update
     sums["mismatch"] = ((old_logps - rollout.sampling_logps) * rollout.completion_mask).abs().max().item()
-    return sums, grad_norm
+    return sums
 
 
-# ---- One training step: the six steps put together -------------------------------------------------------
+# ==========================================================================================================
+# The algorithm ends here. What follows is the machine that it runs on.
+# ==========================================================================================================
 
-# The recipe from one end to the other: `train_step` is what `main` repeats.
+# ---- Decoding --------------------------------------------------------------------------------------------
 
-def now():
-    """Seconds, when a GPU has done all that it was given, so that each phase is charged with its own work."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
+# The cache and the decoder of step 2.
+
+class BranchLayer(DynamicLayer):
+    """One layer of a cache that begins with the prompt's keys and values, (rows, kv_heads, P - 1, head_dim).
+
+    place None: new keys are joined by `torch.cat`, which autograd follows (scoring). Otherwise they are
+    written in place, because a `cat` at every token would copy the whole cache (sampling): keys and values
+    come with room for them, and `place`, (1,), says where the next go; it is one tensor, which all layers
+    share and `Decoder.feed` moves on. What is written is attended to; or, if fixed, all there is room for,
+    so that shapes stay the same at every token, and the mask has to hide what is not yet written.
+    """
+    def __init__(self, keys, values, place=None, fixed=False):
+        super().__init__()
+        self.dtype, self.device, self.is_initialized = keys.dtype, keys.device, True
+        self.keys, self.values, self.place, self.fixed = keys, values, place, fixed
+
+    def update(self, keys, values, *args, **kwargs):
+        if self.place is None:
+            return super().update(keys, values)
+        self.keys.index_copy_(2, self.place, keys)
+        self.values.index_copy_(2, self.place, values)
+        end = self.keys.shape[2] if self.fixed else int(self.place) + 1
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+class Decoder:
+    """N rows on their way through the completion; each call of `step` is one token further.
+
+    Each of the B prompts has run through the model once, and its keys and values are repeated G times.
+    Shorter prompts are padded on the left and masked. A row of the cache, `room` tokens longer than the
+    prompts:
+
+        [ pad pad | prompt without its last token | last prompt token, c_1, c_2, ... | not yet written ]
+
+    fixed: all of it takes part in every step, behind a mask, so that no shape ever changes. A CUDA graph
+    needs that: on a GPU the step is recorded once and replayed, because launching its hundreds of kernels
+    takes longer than running them. Not fixed (on a CPU): only what is already written takes part in a step.
+    """
+    def __init__(self, model, prompts, num_generations, room, fixed=None):
+        encoded = [encode_prompt(model, prompt)[0] for prompt in prompts]
+        repeat = lambda x: x.repeat_interleave(num_generations, 0)
+        lengths = torch.tensor([prompt_kv[0].shape[2] for prompt_kv in encoded])                  # (B,)
+        longest = int(lengths.max())                                                              # P - 1
+        room += 8 - (longest + room) % 8  # a GPU copies a mask at each use, if its rows are no multiple of 8
+        pad = lambda x: nn.functional.pad(x, (0, 0, longest - x.shape[2], room))
+        self.model, self.fixed = model, model.device.type == "cuda" if fixed is None else fixed
+        self.masked = self.fixed or len(set(lengths.tolist())) > 1  # attention is faster without a mask
+        self.place = torch.tensor([longest], device=model.device)  # where the next keys and values go
+        # each (N, kv_heads, longest + room, head_dim)
+        kv = [repeat(torch.cat([pad(x) for x in of_prompts])) for of_prompts in zip(*encoded)]
+        self.cache = Cache(layers=[BranchLayer(keys, values, self.place, self.fixed)
+                                   for keys, values in zip(kv[::2], kv[1::2])])
+        self.tokens = repeat(torch.cat([prompt.input_ids[:, -1:] for prompt in prompts]))         # (N, 1)
+        # M-RoPE's position of a token minus its place in the cache, the same all along a row
+        offset = torch.tensor([[prompt.next_position - 1 - longest] for prompt in prompts])
+        self.offset = repeat(offset).to(model.device)                                             # (N, 1)
+        places = torch.arange(longest + room)
+        unseen = (places < longest - lengths[:, None]) | (places > longest)             # (B, longest + room)
+        mask = torch.zeros(unseen.shape, dtype=model.dtype).masked_fill(unseen, torch.finfo(model.dtype).min)
+        self.mask = repeat(mask.to(model.device))[:, None, None]                  # (N, 1, 1, longest + room)
+        self.replay = None
+
+    def step(self):
+        """-> (rows, H) hidden states, after which the next token is to be drawn."""
+        if not self.fixed or self.model.device.type != "cuda":
+            return self.forward()
+        if self.replay is None:
+            # libraries set themselves up on first use, outside the recording; the replay will write over what
+            # this writes, at the same place
+            self.forward()
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may go on
+                self.replay = self.forward()
+        self.graph.replay()
+        return self.replay
+
+    def forward(self):
+        mask = self.mask if self.fixed else self.mask[..., :int(self.place) + 1]
+        mask = {"full_attention": mask if self.masked else None}  # a dict: transformers makes none of its own
+        positions = (self.offset + self.place).expand(3, -1, -1)                                  # (3, N, 1)
+        output = self.model.model(input_ids=self.tokens, position_ids=positions, past_key_values=self.cache,
+                                  attention_mask=mask)
+        return output.last_hidden_state[:, -1]
+
+    def feed(self, tokens):
+        """tokens: (rows, 1), which the next step takes in."""
+        self.tokens.copy_(tokens)
+        self.place += 1
+        self.mask.index_fill_(3, self.place, 0)
+
+    def keep(self, alive):
+        """alive: (rows,) bool. The others leave the batch; a graph must be recorded anew."""
+        self.tokens, self.offset, self.mask = (x[alive] for x in (self.tokens, self.offset, self.mask))
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[alive], layer.values[alive]
+        self.replay = None
+
+# ---- Supervised fine-tuning, and what a step logs --------------------------------------------------------
+
+def given_completions(run, cfg, batch):
+    """SFT: the data's completions, or else its answers, stand where the samples would -> Rollout."""
+    ids, eos = [], run.sampler.eos_ids[0]
+    for row, prompt in zip(batch.rows, batch.prompts):
+        text = row.get("completion") or row["answer"]
+        if prompt.text.endswith("<think>"):
+            text = text.removeprefix("<think>")
+        ids.append(torch.tensor(run.tokenizer(text).input_ids + [eos])[:cfg.max_completion_length])
+    lengths = torch.tensor([len(x) for x in ids])
+    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=eos)                     # (N, C)
+    mask = torch.arange(ids.shape[1]) < lengths[:, None]
+    finished = ids[torch.arange(len(ids)), lengths - 1] == eos
+    return Rollout(*(x.to(run.sampler.device) for x in (ids, mask, torch.zeros(ids.shape), finished)))
 
 
-def train_step(run, cfg, step):
-    """The recipe, once -> metrics, and the step's completions (of all processes) to be logged."""
-    G, sft, clock = cfg.num_generations, cfg.algorithm == "sft", [now()]
-    # 1. B questions and their images, in the prompt template
-    numbers, rows, prompts = draw_batch(run, cfg, step)
-    # 2. G completions of each; in SFT the data's own
-    rollout = given_completions(run, cfg, rows, prompts) if sft else draw_completions(run, cfg, step, prompts)
-    texts = [completion_text(prompts[i // G].text, ids[mask], run.tokenizer)
-             for i, (ids, mask) in enumerate(zip(rollout.completion_ids, rollout.completion_mask))]
-    lengths = rollout.completion_mask.sum(1).tolist()
-    clock.append(now())
-    # 3. their rewards
-    rows_of_texts = [row for row in rows for _ in range(G)]
-    rewards = {} if sft else compute_rewards(cfg.rewards.split(","), texts, lengths, rows_of_texts)
-    reward = sum(rewards.values(), torch.zeros(len(texts))).to(run.accelerator.device)            # (N,)
-    # 4. their advantages; with 1 for all, step 6 has the gradient of -log pi, SFT's cross-entropy
-    advantages = group_advantages(reward, G, cfg.scale_rewards) if not sft else torch.ones_like(reward) # (N,)
-    # 5. the frozen start's log-probabilities; the policy's own come with the update
-    ref_logps = score_rollout(run.reference, prompts, rollout, cfg) if cfg.beta > 0 else None     # (N, C)
-    clock.append(now())
-    # 6. the update, and the sampler follows the policy
-    sums, grad_norm = optimise(run, cfg, step, prompts, rollout, advantages, ref_logps)
-    refresh(run.sampler, run.policy)
-    clock.append(now())
+class Timer:
+    """Seconds of each phase of a step. It waits for a GPU, so that each phase is charged with its own work."""
+    def __init__(self):
+        self.seconds, self.last = {}, self.now()
 
+    def now(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def lap(self, phase):
+        now = self.now()
+        self.seconds[f"seconds/{phase}"], self.last = now - self.last, now
+
+
+def summarise(run, cfg, step, batch, rollout, rewards, advantages, sums, seconds):
+    """-> the step's metrics, and its completions as records, both over all processes."""
+    G, lengths, reward = cfg.num_generations, rollout.lengths.tolist(), sum(rewards.values(), torch.zeros(len(rollout.texts))).tolist()
     samples = gather_object([
-        {"step": step + 1, "row": numbers[i // G], "prompt": prompts[i // G].text, "completion": text,
-         "answer": rows[i // G]["answer"], "length": lengths[i], "finished": bool(rollout.finished[i]),
+        {"step": step + 1, "row": batch.numbers[i // G], "prompt": batch.prompts[i // G].text,
+         "completion": text, "answer": batch.rows[i // G]["answer"], "length": lengths[i],
+         "finished": bool(rollout.finished[i]),
          **{f"rewards/{name}": r[i].item() for name, r in rewards.items()},
-         "reward": reward[i].item(), "advantage": advantages[i].item()} for i, text in enumerate(texts)])
-    metrics = summarise(samples, gather_object([sums]), cfg)
-    metrics |= {"grad_norm": grad_norm, "learning_rate": run.optimizer.param_groups[0]["lr"]}
-    for phase, begin, end in zip(("rollout", "reference", "update"), clock, clock[1:]):
-        metrics[f"seconds/{phase}"] = end - begin
-    return metrics, samples
-
-
-def summarise(samples, sums, cfg):
-    """A step's completions (records) and each process's sums over their tokens -> metrics."""
+         "reward": reward[i], "advantage": advantages[i].item()} for i, text in enumerate(rollout.texts)])
+    sums = gather_object([sums])
     average = lambda name: statistics.mean(sample[name] for sample in samples)
     total = lambda name: sum(part[name] for part in sums)
-    rewards, G = [sample["reward"] for sample in samples], cfg.num_generations
+    rewards = [sample["reward"] for sample in samples]
     groups = [rewards[i:i + G] for i in range(0, len(rewards), G)]
     tokens = sum(sample["length"] for sample in samples)
     metrics = {
-        "step": samples[0]["step"], "loss": total("loss"), "reward": average("reward"),
+        "step": step + 1, "loss": total("loss"), "reward": average("reward"),
         "reward_std": statistics.mean(statistics.stdev(group) if len(group) > 1 else 0.0 for group in groups),
         **{name: average(name) for name in samples[0] if name.startswith("rewards/")},
         "completions/mean_length": tokens / len(samples),
@@ -1042,119 +825,30 @@ def summarise(samples, sums, cfg):
     if cfg.algorithm == "sft":
         del metrics["sampler_mismatch"]  # nothing was sampled
         metrics["nll"] = total("nll") / tokens
-    return metrics
+    return metrics | {"grad_norm": sums[0]["grad_norm"], "learning_rate": learning_rate_at(cfg, step),
+                      **seconds}, samples
 
 
-# ---- Around the algorithm: the model, the files ----------------------------------------------------------
+# ---- Small things ----------------------------------------------------------------------------------------
 
-# What the steps above took for granted: a model, its tokenizer and images, the folder of a run.
-
-def load_model(path, attn_implementation="sdpa", dtype=torch.float32):
-    """Folder or hub id -> Qwen2-VL, without dropout. float32 is asked for, as the published files would load
-    as bf16, in which updates as small as 1e-6 are rounded away."""
-    try:
-        model, report = Qwen2VLForConditionalGeneration.from_pretrained(
-            path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True)
-    except (OSError, ImportError, ValueError) as error:
-        fail(f"cannot load a Qwen2-VL model from {path}: {str(error).strip().splitlines()[0]}")
-    if report["missing_keys"]:
-        fail(f"{path} is not a whole Qwen2-VL model: its files lack {sorted(report['missing_keys'])[0]}")
-    return fast_layers(model).eval()
+def fail(message):
+    """Stop with one sentence (exit code 1) where a traceback would tell the user nothing more."""
+    raise SystemExit(f"error: {message}")
 
 
-def fast_layers(model):
-    """Make two kinds of layers faster, with the same weights and the same checkpoint: the patch embedding is
-    computed as the matrix product it is (its kernel and stride are the patch, and Conv3d's backward is slow),
-    and the linear layers, unless the model is small, by `Linear`. Returns the model."""
-    def forward(self, pixels):
-        weight = self.proj.weight.flatten(1)                                                  # (dim, 1176)
-        return nn.functional.linear(pixels.to(weight.dtype), weight)                          # (patches, dim)
-
-    patch_embed = model.model.visual.patch_embed
-    patch_embed.forward = MethodType(forward, patch_embed)  # a method: a deepcopy will use its own weights
-    if torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and not is_small(model):
-        for layer in model.modules():
-            if type(layer) is nn.Linear:
-                layer.__class__ = Linear
-    return model
+def seeded(*key):
+    """random.Random of `key` alone, such as (seed, "sample", step, rank). No draw depends on an earlier one,
+    so a resumed run has nothing to replay."""
+    return random.Random("/".join(map(str, key)))
 
 
-class Linear(nn.Linear):
-    """nn.Linear, but float32 on a CPU by oneDNN. torch has both libraries and takes MKL for float32, which is
-    slower on an AMD processor (`python bench/step.py --mkl` shows by how much)."""
-    def forward(self, x):
-        is_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if x.is_cpu and is_float32 and x.numel():  # an empty chunk has no rows, over which oneDNN cannot sum
-            return Product.apply(x, self.weight, self.bias)
-        return super().forward(x)
-
-
-class Product(torch.autograd.Function):
-    """x (..., in), weight W (out, in), bias b (out) or None -> y = x W^T + b, (..., out)."""
-    @staticmethod
-    def forward(ctx, x, weight, bias):
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        return onednn(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight = ctx.saved_tensors
-        dx = dW = db = None
-        rows = dy.flatten(0, -2)                                                              # (rows, out)
-        # dx = dy W
-        if ctx.needs_input_grad[0]:
-            dx = onednn(dy, weight.T)                                                         # (..., in)
-        # dW = dy^T x
-        if ctx.needs_input_grad[1]:
-            dW = onednn(rows.T, x.flatten(0, -2).T)                                           # (out, in)
-        # db = sum of dy over the rows
-        if ctx.needs_input_grad[2]:
-            db = rows.sum(0)                                                                  # (out,)
-        return dx, dW, db
-
-
-def onednn(x, weight, bias=None):
-    """x W^T + b, by the operator that torch.compile takes on a CPU; it has no backward of its own."""
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-
-
-def is_small(model):
-    """As small as the toy's: a second thread would only wait, and calling oneDNN costs what it saves. 10M
-    parameters lie between the toy's 1.4M and the benchmarks' 43M, which gain by both."""
-    return sum(weight.numel() for weight in model.parameters()) < 1e7
-
-
-def load_processors(path, min_pixels=None, max_pixels=None):
-    """-> tokenizer, image processor, which is PIL's: the same pixels everywhere, and no torchvision."""
-    if not Path(path).exists() and str(path).count("/") != 1:
-        fail(f"the model {path} is neither a folder that exists nor a hub id, such as Qwen/Qwen2-VL-2B")
-    area = {k: v for k, v in dict(min_pixels=min_pixels, max_pixels=max_pixels).items() if v is not None}
-    try:
-        image_processor = Qwen2VLImageProcessorPil.from_pretrained(path, **area)
-        return AutoTokenizer.from_pretrained(path), image_processor
-    except (OSError, ValueError) as error:
-        fail(f"cannot load tokenizer and image processor from {path}: {str(error).strip().splitlines()[0]}")
-
-
-def set_threads(model):
-    """Cores / local processes: the launcher sets OMP_NUM_THREADS=1 and python does not, so that without this
-    their speed and their bits would differ. One for a small model."""
-    threads = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    torch.set_num_threads(1 if is_small(model) else max(1, threads))
-
-
-def suppressed_tokens(model, tokenizer):
-    """(V,) bool: vision tokens, which would crash the next forward, and vocabulary rows without a token."""
-    suppressed = torch.arange(model.lm_head.out_features, device=model.device) >= len(tokenizer)
-    names = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-    suppressed[tokenizer.convert_tokens_to_ids(names)] = True
-    return suppressed
-
-
-def end_tokens(tokenizer):
-    """Ids that end a completion: the tokenizer's end token first, then those of Qwen's two that it knows."""
-    qwen = [token for token in ("<|endoftext|>", "<|im_end|>") if token in tokenizer.get_vocab()]
-    return list(dict.fromkeys([tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(qwen)]))
+def draw(numbers, seed, first, count):
+    """Entries first .. first + count - 1 of an endless walk over row numbers, shuffled anew in each epoch.
+    Entry i depends only on i, so a resumed run needs no saved state."""
+    n, last = len(numbers), first + count - 1
+    epochs = range(first // n, last // n + 1)
+    walks = {epoch: seeded(seed, "epoch", epoch).sample(numbers, n) for epoch in epochs}
+    return [walks[i // n][i % n] for i in range(first, last + 1)]
 
 
 def upright(picture):
@@ -1167,7 +861,7 @@ def upright(picture):
 
 
 def open_image(image, where, decode=True):
-    """{"bytes", "path"} -> RGB image, or stop and name its row. decode False reads only the header."""
+    """{"bytes", "path"} -> RGB image, or stop and name its row. decode=False reads only the header."""
     try:
         picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
         return upright(picture) if decode else picture
@@ -1175,29 +869,133 @@ def open_image(image, where, decode=True):
         fail(f"{where}: its image cannot be read ({error}); remove the row")
 
 
-def choose_output_dir(cfg):
-    """-> Path. A folder named by hand must be new, unless --overwrite or --resume says what to do with it."""
-    path, n = Path(cfg.output_dir or f"runs/{cfg.preset}"), 1
-    if cfg.overwrite and path.exists() and not (path / "config.json").exists():
-        fail(f"--overwrite: {path} is not the folder of a run; delete it yourself if you mean it")
-    if cfg.resume and not (path / "config.json").exists():
-        fail(f"--resume: {path} is not the folder of a run; start without --resume")
-    while path.exists() and not (cfg.resume or cfg.overwrite):
-        if cfg.output_dir:
-            fail(f"--output_dir {path} exists; --resume goes on with it, --overwrite deletes it")
-        path, n = Path(f"runs/{cfg.preset}-{n + 1}"), n + 1
-    return path
+def learning_rate_at(cfg, step):
+    decay = 1 - step / cfg.max_steps if cfg.lr_scheduler_type == "linear" else 1
+    return cfg.learning_rate * decay
 
 
-def checkpoints(output_dir):
-    """-> its complete checkpoint-N folders, oldest first; `save_model` gives them the name when they are."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+# ---- Models ----------------------------------------------------------------------------------------------
+
+def load_processors(path, max_pixels=None):
+    """-> tokenizer, image processor. The image processor is PIL's: the same pixels everywhere, and no
+    torchvision. max_pixels: larger images are shrunk to it; None: as the model's own files say."""
+    if not Path(path).exists() and str(path).count("/") != 1:
+        fail(f"the model {path} is neither a folder that exists nor a hub id, such as Qwen/Qwen2-VL-2B")
+    try:
+        image_processor = Qwen2VLImageProcessorPil.from_pretrained(
+            path, **({"max_pixels": max_pixels} if max_pixels else {}))
+        return AutoTokenizer.from_pretrained(path), image_processor
+    except (OSError, ValueError) as error:
+        fail(f"cannot load tokenizer and image processor from {path}: {str(error).strip().splitlines()[0]}")
+
+
+def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32):
+    """Folder or hub id -> Qwen2-VL, without dropout. float32 is asked for because the published files would
+    load as bf16, in which updates as small as 1e-6 are rounded away.
+
+    Two attributes come with it. suppressed, (V,) bool: vision tokens, which would crash the next forward, and
+    vocabulary rows without a token. eos_ids: what ends a completion, the tokenizer's end token first, then
+    those of Qwen's two that it knows.
+    """
+    try:
+        model, report = Qwen2VLForConditionalGeneration.from_pretrained(
+            path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True)
+    except (OSError, ImportError, ValueError) as error:
+        fail(f"cannot load a Qwen2-VL model from {path}: {str(error).strip().splitlines()[0]}")
+    if report["missing_keys"]:
+        fail(f"{path} is not a whole Qwen2-VL model: its files lack {sorted(report['missing_keys'])[0]}")
+    suppressed = torch.arange(model.lm_head.out_features) >= len(tokenizer)                       # (V,)
+    vision = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+    suppressed[tokenizer.convert_tokens_to_ids(vision)] = True
+    model.register_buffer("suppressed", suppressed, persistent=False)
+    qwen = [token for token in ("<|endoftext|>", "<|im_end|>") if token in tokenizer.get_vocab()]
+    model.eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(qwen)]))
+    return fast_patches(model).eval()
+
+
+def fast_patches(model):
+    """Compute the patch embedding as the matrix product that it is (its kernel and stride are the patch),
+    with the same weights. Conv3d's backward is slow. Returns the model."""
+    def forward(self, pixels):
+        weight = self.proj.weight.flatten(1)                                                  # (dim, 1176)
+        return nn.functional.linear(pixels.to(weight.dtype), weight)                          # (patches, dim)
+
+    patch_embed = model.model.visual.patch_embed
+    patch_embed.forward = MethodType(forward, patch_embed)  # a method: a deepcopy will use its own weights
+    return model
+
+
+def set_threads(model):
+    """A second thread only waits for a model as small as the toy's. The launcher sets OMP_NUM_THREADS=1 and
+    python does not; set here, both give the same speed and the same bits."""
+    cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    torch.set_num_threads(max(1, cores) if model.num_parameters() > 1e7 else 1)
+
+
+def choose_prompt(tokenizer, prompt="auto"):
+    """-> "base" or "instruct"; auto: instruct if the chat template tells user from assistant. (The one that
+    is saved with base models renders both alike: eval_cvbench.SERVED_PROMPT.)"""
+    turns = [[{"role": role, "content": "?"}] for role in ("user", "assistant")]
+    has_roles = tokenizer.chat_template is not None and len(
+        {tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns}) == 2
+    if prompt == "instruct" and not has_roles:
+        fail("--prompt instruct: the model has no chat template that tells user from assistant; leave it out")
+    return prompt if prompt != "auto" else "instruct" if has_roles else "base"
+
+
+class Policy(nn.Module):
+    """A model behind one door. FSDP wraps this module and its hooks run in `forward` only, so every forward
+    of the trained weights, encoding or scoring, has to come through here. autocast: compute in bf16."""
+    def __init__(self, model, temperature, autocast=False):
+        super().__init__()
+        self.model, self.temperature, self.autocast = model, temperature, autocast
+
+    def forward(self, prompt, prompt_kv=None, completion_ids=None, completion_mask=None):
+        with torch.autocast(self.model.suppressed.device.type, torch.bfloat16, enabled=self.autocast):
+            if prompt_kv is None:
+                return encode_prompt(self.model, prompt)
+            return score(self.model, prompt, prompt_kv, completion_ids, completion_mask, self.temperature)
+
+
+def build_models(cfg, start, accelerator, tokenizer):
+    """Folder or hub id `start` -> policy, sampler, reference (or None), optimizer.
+
+    Up to three copies of the weights: the policy's in float32, because in bf16 an update of 1e-6 would be
+    rounded away; plain ones for sampler and reference, in bf16 on a GPU. Alone on a CPU, the policy samples.
+    """
+    device, single = accelerator.device, accelerator.num_processes == 1
+    bf16 = accelerator.mixed_precision == "bf16"
+    model = load_model(start, tokenizer, cfg.attn_implementation).to(device)
+    set_threads(model)
+    if cfg.algorithm == "sft":
+        model.suppressed.zero_()  # plain cross-entropy, over all the vocabulary
+    towers = dict(vision=[model.model.visual], llm=[model.model.language_model, model.lm_head])
+    for tower in towers.get(cfg.freeze, []):
+        tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
+    dtype = torch.bfloat16 if bf16 else torch.float32
+    plain = lambda path, attention: load_model(path, tokenizer, attention, dtype).to(device).requires_grad_(False)
+    sampler = model if single and not bf16 else plain(start, "sdpa")  # its masks are not for flash attention
+    reference = None
+    if cfg.beta > 0:
+        reference = Policy(plain(cfg.model_name_or_path, cfg.attn_implementation), cfg.temperature)
+    policy = Policy(model, cfg.temperature, autocast=single and bf16)
+    trained = [weight for weight in policy.parameters() if weight.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=0.0)
+    if not single:
+        policy, optimizer = accelerator.prepare(policy, optimizer)
+        optimizer = optimizer.optimizer  # itself, which torch.distributed.checkpoint knows
+        if not all(isinstance(weight, DTensor) for weight in policy.parameters()):
+            fail("several processes, but the weights are not sharded; install the accelerate of "
+                 "requirements.txt")
+    return policy, sampler, reference, optimizer
 
 
 # ---- One process or many ---------------------------------------------------------------------------------
 
-# Where the weights live, and how they get to the sampler, to the disk and back.
+# cuDNN's attention, torch's first choice on an H100, prepares anew for each new shape, and its gradients can
+# be nan where there is a mask (pytorch issue 196678); the others, flash and memory-efficient, do neither
+torch.backends.cuda.enable_cudnn_sdp(False)
+
 
 def make_accelerator(cfg):
     """One process: float32 weights, no wrapper (on a GPU, bf16 autocast). Several, of whatever device: FSDP2,
@@ -1236,6 +1034,18 @@ def refresh(sampler, policy):
     for copy, weight in zip(sampler.parameters(), policy.model.parameters(), strict=True):
         if copy is not weight:
             copy.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+
+
+# ---- The files of a run ----------------------------------------------------------------------------------
+
+def checkpoints(output_dir):
+    """-> its complete checkpoint-N folders, oldest first; `save_model` gives them the name when they are."""
+    found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return sorted(found, key=steps_done)
+
+
+def steps_done(checkpoint):
+    return int(checkpoint.name[11:])
 
 
 def write_model(folder, run, with_state):
@@ -1293,44 +1103,144 @@ def load_optimizer(folder, run):
     set_optimizer_state_dict(run.policy, run.optimizer, state["optimizer"])
 
 
+def choose_output_dir(cfg):
+    """-> Path. A folder named by hand must be new or empty, unless --resume goes on with it."""
+    path, n = Path(cfg.output_dir or RUNS / cfg.preset), 1
+    while path.exists() and any(path.iterdir()) and not cfg.resume:
+        if cfg.output_dir:
+            fail(f"--output_dir {path} is not empty. Choose a new folder, or go on with a run by --resume.")
+        path, n = RUNS / f"{cfg.preset}-{n + 1}", n + 1
+    return path
+
+
+# ---- Settings --------------------------------------------------------------------------------------------
+
+HERE = Path(__file__).resolve().parent
+TOY, RUNS = HERE / "toy", HERE / "runs"
+
+
+def setting(default, help):
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Config:
+    """Every setting of a run. Precedence: these defaults < --preset < the run to --resume < command line.
+    The defaults are the paper's recipe."""
+    # what to train, on what
+    preset: str = setting("toy", "toy (offline, on a CPU), sat (the paper), sat-sft or vision-r1")
+    model_name_or_path: str = setting("Qwen/Qwen2-VL-2B", "model to start from: a folder or a hub id")
+    data: str = setting(str(HERE / "data/sat"), "Parquet file from prepare_sat.py, or folder with train.parquet")
+    output_dir: Optional[str] = setting(None, "folder of the run; default: runs/PRESET, or runs/PRESET-2 ...")
+    resume: bool = setting(False, "go on from output_dir's last checkpoint, with its settings")
+    seed: int = setting(0, "seed of data order and sampling")
+    algorithm: Literal["grpo", "sft"] = setting("grpo", "or sft: learn the data's completions, or answers")
+    freeze: Literal["none", "vision", "llm"] = setting("none", "or vision, llm: the part that is not trained")
+    # prompt and rollout
+    prompt: Literal["auto", "base", "instruct"] = setting("auto", "by the chat template; or base, instruct")
+    max_prompt_length: int = setting(1024, "tokens, images included; longer prompts are dropped, never cut")
+    max_pixels: Optional[int] = setting(401408, "larger images are shrunk to it: 512 tokens of 28 x 28 pixels")
+    prompts_per_step: int = setting(8, "questions per step, over all processes")
+    num_generations: int = setting(8, "G, completions per prompt")
+    max_completion_length: int = setting(700, "tokens at most per completion")
+    temperature: float = setting(1.0, "sampling temperature; scoring divides the logits by it as well")
+    # rewards and loss
+    rewards: str = setting("accuracy,format", "names from REWARDS, added up")
+    beta: float = setting(0.04, "weight of the KL penalty; 0 loads no reference model")
+    epsilon: float = setting(0.2, "the ratio is clipped below 1 - epsilon")
+    epsilon_high: Optional[float] = setting(None, "and above 1 + epsilon_high; default: epsilon")
+    num_iterations: int = setting(1, "updates per rollout; the clip can act only from the second on")
+    loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how tokens average; or dr_grpo, dapo")
+    scale_rewards: bool = setting(True, "divide advantages by the group's std (false: Dr. GRPO)")
+    mask_truncated_completions: bool = setting(False, "completions cut at the limit teach nothing (DAPO)")
+    # optimizer
+    max_steps: int = setting(1500, "training steps, one rollout each")
+    learning_rate: float = setting(1e-6, "AdamW's rate at the start")
+    lr_scheduler_type: Literal["linear", "constant"] = setting("linear", "linear: falls to 0 at max_steps")
+    max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this norm; 0: never")
+    # machine and files
+    score_tokens: int = setting(2048, "completion tokens (or one completion) scored at a time: bounds memory")
+    attn_implementation: str = setting("sdpa", "for scoring: sdpa, eager, or flash_attention_2 if installed")
+    save_steps: int = setting(100, "steps between checkpoints")
+    save_total_limit: Optional[int] = setting(None, "checkpoints kept, the newest; default: all")
+    eval_steps: int = setting(100, "steps between evaluations while training; 0: none")
+    eval_data: str = setting("nyu-visionx/CV-Bench", "comma-separated sets, as eval_cvbench.py takes them")
+    eval_limit: int = setting(128, "questions of each set, the same ones every time")
+    log_with: Optional[str] = setting(None, "an accelerate tracker besides metrics.jsonl: tensorboard, ...")
+
+
+PRESETS = {
+    "toy": dict(model_name_or_path=str(TOY / "base"), data=str(TOY), max_pixels=None, prompts_per_step=16,
+                max_completion_length=64, max_steps=100, learning_rate=2e-4, beta=0.01, save_steps=50,
+                eval_steps=10, eval_data=f"{TOY / 'cvbench'},{TOY / 'test.parquet'}"),
+    "sat": {},
+    # the paper's baseline: the same questions, answered without reasoning; 3750 x 8 is twice 15,000 rows
+    "sat-sft": dict(algorithm="sft", learning_rate=2e-5, max_steps=3750, loss_type="dapo"),
+    # stage 1 of Vision-R1 (arXiv 2503.06749), after its cold start; README.md has both stages
+    "vision-r1": dict(rewards="hard", beta=0.01, lr_scheduler_type="constant", max_steps=100,
+                      max_completion_length=4096, num_generations=16),
+}
+# setting -> its least value. The comparison is false for nan too
+LEAST = dict(prompts_per_step=1, num_generations=1, max_completion_length=1, num_iterations=1, max_steps=1,
+             score_tokens=1, save_steps=1, save_total_limit=1, eval_steps=0, eval_limit=1, max_pixels=1,
+             beta=0, epsilon=0, max_grad_norm=0, learning_rate=0)
+# settings of earlier versions -> the values at which a run can go on without them
+REMOVED = dict(overwrite=[False, True], stages=[None], reward_file=[None], min_pixels=[None, 3136],
+               weight_decay=[0.0])
+
+
+def parse_config(argv=None):
+    """Command line (list of str; None: sys.argv) -> Config."""
+    parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.splitlines()[0])
+    argv = sys.argv[1:] if argv is None else argv
+    given, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
+    saved = saved_settings(Path(given.output_dir or RUNS / given.preset)) if given.resume else {}
+    preset = saved.get("preset", given.preset)
+    if preset not in PRESETS:
+        fail(f"--preset {preset} is unknown. Choose one of: {', '.join(PRESETS)}.")
+    parser.set_defaults(**PRESETS[preset] | saved)
+    cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        fail(f"unknown argument {unknown[0]}; `python grpo_vision.py --help` lists them all")
+    if cfg.algorithm == "sft":  # one completion per prompt, no rewards, nothing to stay close to
+        cfg.num_generations, cfg.rewards, cfg.beta, cfg.temperature = 1, "", 0.0, 1.0
+    check_config(cfg)
+    return cfg
+
+
+def saved_settings(folder):
+    """config.json of the run to resume -> its settings; {} if there is nothing yet."""
+    if not folder.exists() or not any(folder.iterdir()):
+        print(f"--resume: nothing is in {folder} yet. The run begins from the start.")
+        return {}
+    if not (folder / "config.json").exists():
+        fail(f"--resume: {folder} is not the folder of a run. Choose the one that holds config.json.")
+    saved, known = json.loads((folder / "config.json").read_text()), {x.name for x in dataclasses.fields(Config)}
+    for name in sorted(saved.keys() - known):
+        value = saved.pop(name)
+        if value not in REMOVED.get(name, []):
+            fail(f"{folder}/config.json has {name} = {value}, which this version cannot do. Continue the run "
+                 "with the version that began it.")
+        print(f"{folder}/config.json: {name} is no longer a setting and is ignored.")
+    return saved | {"resume": True, "output_dir": str(folder)}
+
+
+def check_config(cfg):
+    """Stop with a sentence if a setting cannot be."""
+    for name in filter(None, cfg.rewards.split(",")):
+        if name not in REWARDS:
+            fail(f"--rewards {name} is unknown. Choose from: {', '.join(REWARDS)}.")
+    for flag, least in LEAST.items():
+        value = getattr(cfg, flag)
+        if value is not None and not value >= least:
+            fail(f"--{flag} {value}: must be at least {least}")
+    if cfg.algorithm == "grpo" and cfg.num_generations < 2:
+        fail("--num_generations 1: at least 2, or a completion has no siblings to beat")
+    if not cfg.temperature > 0:
+        fail(f"--temperature {cfg.temperature}: must be above 0, or a group's completions are all equal")
+
+
 # ---- A run -----------------------------------------------------------------------------------------------
-
-# `setup` makes everything once, `main` repeats the step, evaluates and saves.
-
-def build_models(cfg, start, accelerator, tokenizer):
-    """Folder or hub id `start` -> policy, sampler, reference (or None), optimizer, suppressed (V,).
-
-    Up to three copies of the weights: the policy's in float32, because in bf16 an update of 1e-6 would be
-    rounded away; plain ones for sampler and reference, in bf16 on a GPU. Alone on a CPU, the policy samples.
-    """
-    device, single = accelerator.device, accelerator.num_processes == 1
-    bf16 = accelerator.mixed_precision == "bf16"
-    model = load_model(start, cfg.attn_implementation).to(device)
-    set_threads(model)
-    suppressed = suppressed_tokens(model, tokenizer)                                              # (V,)
-    if cfg.algorithm == "sft":
-        suppressed = torch.zeros_like(suppressed)  # plain cross-entropy, over all the vocabulary
-    towers = dict(vision=[model.model.visual], llm=[model.model.language_model, model.lm_head])
-    for tower in towers.get(cfg.freeze, []):
-        tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
-    dtype = torch.bfloat16 if bf16 else torch.float32
-    plain = lambda path, attention: load_model(path, attention, dtype).to(device).requires_grad_(False)
-    sampler = model if single and not bf16 else plain(start, "sdpa")  # its masks are not for flash attention
-    reference = None
-    if cfg.beta > 0:
-        frozen = plain(cfg.model_name_or_path, cfg.attn_implementation)
-        reference = Policy(frozen, cfg.temperature, suppressed)
-    policy = Policy(model, cfg.temperature, suppressed, autocast=single and bf16)
-    optimizer = torch.optim.AdamW([weight for weight in policy.parameters() if weight.requires_grad],
-                                  lr=cfg.learning_rate, weight_decay=cfg.weight_decay)
-    if not single:
-        policy, optimizer = accelerator.prepare(policy, optimizer)
-        optimizer = optimizer.optimizer  # itself, which torch.distributed.checkpoint knows
-        if not all(isinstance(weight, DTensor) for weight in policy.parameters()):
-            fail("several processes, but the weights are not sharded; install the accelerate of "
-                 "requirements.txt")
-    return policy, sampler, reference, optimizer, suppressed
-
 
 def setup(cfg):
     """-> all that a run works with, in one namespace (see its end), and the number of steps already done."""
@@ -1339,14 +1249,13 @@ def setup(cfg):
     accelerator = make_accelerator(cfg)
     is_main, count = accelerator.is_main_process, accelerator.num_processes
     output_dir, = broadcast_object_list([choose_output_dir(cfg) if is_main else None])
-    wants_toy = cfg.data == Config.data or cfg.model_name_or_path == Config.model_name_or_path
-    if is_main and wants_toy and not Path(Config.data).exists():
-        prepare_sat.make_toy(Config.data)  # draws the toy world and trains its base model: some minutes, once
-    accelerator.wait_for_everyone()
-
     last = checkpoints(output_dir)[-1:] if cfg.resume else []
-    start, done = (last[0], int(last[0].name[11:])) if last else (cfg.model_name_or_path, 0)
-    tokenizer, image_processor = load_processors(start, cfg.min_pixels, cfg.max_pixels)
+    start, done = (last[0], steps_done(last[0])) if last else (cfg.model_name_or_path, 0)
+    if done >= cfg.max_steps:
+        accelerator.print(f"{output_dir} has done its {done} steps. There is nothing to do; --max_steps "
+                          "takes it further.")
+        return None, done
+    tokenizer, image_processor = load_processors(start, cfg.max_pixels)
     template = choose_prompt(tokenizer, cfg.prompt)
     if template == "base":
         tokenizer.chat_template = eval_cvbench.SERVED_PROMPT  # for servers; the paper's code saves none
@@ -1356,12 +1265,11 @@ def setup(cfg):
     kept = prepare_sat.rows_that_fit(data, data_path, template, tokenizer, image_processor,
                                      cfg.max_prompt_length, need_image=count > 1)  # all run the image tower
     eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
-    policy, sampler, reference, optimizer, suppressed = build_models(cfg, start, accelerator, tokenizer)
+    policy, sampler, reference, optimizer = build_models(cfg, start, accelerator, tokenizer)
     run = SimpleNamespace(
         cfg=cfg, accelerator=accelerator, output_dir=output_dir, tokenizer=tokenizer,
         image_processor=image_processor, template=template, data=data, data_path=data_path, kept=kept,
-        policy=policy, sampler=sampler, reference=reference, optimizer=optimizer, suppressed=suppressed,
-        eos_ids=end_tokens(tokenizer), eval_sets=eval_sets)
+        policy=policy, sampler=sampler, reference=reference, optimizer=optimizer, eval_sets=eval_sets)
     if is_main:
         eval_cvbench.open_logs(cfg, output_dir, done)
     if done:
@@ -1369,7 +1277,7 @@ def setup(cfg):
     accelerator.project_configuration.set_directories(str(output_dir))
     accelerator.init_trackers("grpo_vision", config=dataclasses.asdict(cfg))
     accelerator.print(
-        f"{output_dir}: {sum(x.numel() for x in sampler.parameters()) / 1e6:.1f}M parameters, {len(kept)} "
+        f"{output_dir}: {sampler.num_parameters() / 1e6:.1f}M parameters, {len(kept)} "
         f"questions, prompt: {template}, steps {done + 1} to {cfg.max_steps}\n{count} x "
         f"{accelerator.device.type}, {'FSDP2' if count > 1 else 'no wrapper'}, weights float32, computing in "
         f"{'bf16' if accelerator.mixed_precision == 'bf16' else 'float32'}, attention: "
@@ -1383,20 +1291,22 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, and meant so
     run, done = setup(parse_config(argv))
+    if run is None:
+        return
     cfg = run.cfg
     if cfg.eval_steps and not done:
-        eval_cvbench.track(run, 0)
+        eval_cvbench.evaluate_policy(run, 0)
     stop_asked = []  # Ctrl-C and SIGTERM let the step end and save; a second one ends the program
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop_asked.append(1), signal.signal(number, signal.SIG_DFL)))
 
     for step in tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
                      disable=not run.accelerator.is_main_process):
-        metrics, samples = train_step(run, settings_at(cfg, step), step)
+        metrics, samples = train_step(run, cfg, step)
         eval_cvbench.log_step(run, metrics, samples)  # which ends the run, if the gradient is not finite
         last = step + 1 == cfg.max_steps
         if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or last):
-            eval_cvbench.track(run, step + 1)
+            eval_cvbench.evaluate_policy(run, step + 1)
         stopping = any(gather_object([bool(stop_asked)]))
         if (step + 1) % cfg.save_steps == 0 or last or stopping:
             save_checkpoint(run, step + 1)
@@ -1406,7 +1316,7 @@ def main(argv=None):
             return run.accelerator.end_training()
     save_model(run.output_dir / "final", run)
     run.accelerator.end_training()
-    eval_cvbench.report(run)
+    eval_cvbench.report_run(run)
 
 
 if __name__ == "__main__":
