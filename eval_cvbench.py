@@ -41,10 +41,10 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from grpo_vision import (ANSWER_BLOCK, BASE_PROMPT, HERE, IMAGE_TOKENS, PRESETS, RUNS, TOY, build_prompt,
+from grpo_vision import (ANSWER_BLOCK, HERE, IMAGE_TOKENS, PRESETS, RUNS, TEMPLATES, TOY, Config, build_prompt,
                          build_question, checkpoints, choose, choose_prompt, completion_text, extract_answer,
-                         fail, grade, load_model, load_processors, normalise, open_image, render, sample,
-                         seeded, set_threads, steps_done, upright)
+                         fail, fingerprint, grade, load_model, load_processors, make_passes, normalise, open_image,
+                         render, sample, seeded, set_threads, steps_of, upright)
 
 # ---- The questions ---------------------------------------------------------------------------------------
 
@@ -114,7 +114,7 @@ SERVED_PROMPT = (
     "{%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string "
     "else message.content -%}{%- set images = parts | selectattr('type', 'equalto', 'image') | list -%}"
     "{%- for image in images -%}{% if images | length > 1 %}Picture {{ loop.index }}: {% endif %}"
-    + IMAGE_TOKENS + "{%- endfor -%}" + BASE_PROMPT.replace(
+    + IMAGE_TOKENS + "{%- endfor -%}" + TEMPLATES["base"].replace(
         "{question}", "{% for part in parts if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '' }}")
     + "{%- endfor -%}")
 
@@ -167,11 +167,12 @@ def answer_questions(model, tokenizer, image_processor, questions, mode, batch_s
                                 tokenizer, image_processor, model) for q in batch]
         generator = torch.Generator(model.device)
         generator.manual_seed(seeded(seed, "answers", mode, batch[0]["id"]).getrandbits(63))
-        rollout = sample(model, prompts, 1, max_new_tokens, temperature, generator)
+        passes = make_passes(prompts, Config.encode_tokens, model.device)
+        rollout = sample(model, passes, 1, max_new_tokens, temperature, generator)
         for row, (q, prompt) in enumerate(zip(batch, prompts)):
             tokens = rollout.completion_ids[row, rollout.completion_mask[row]]
             record = {key: q[key] for key in ("id", "task", "source", "options", "answer")}
-            record |= {"prompt": prompt.text, "completion": completion_text(prompt.text, tokens, tokenizer),
+            record |= {"prompt": prompt.texts[0], "completion": completion_text(prompt.texts[0], tokens, tokenizer),
                        "length": len(tokens), "finished": bool(rollout.finished[row])}
             yield with_verdict(record, strict)
 
@@ -531,11 +532,11 @@ def print_scores(title, records):
 
 # ---- A training run: its logs, curves.png and rollouts.html ----------------------------------------------
 
-def open_logs(cfg, output_dir, done):
+def open_logs(run, done):
     """The run's folder with its config.json and its logs as they were after `done` steps. A killed run may
     have logged more; a resumed one writes that again."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_whole(output_dir / "config.json", json.dumps(asdict(cfg), indent=2))
+    output_dir = run.output_dir
+    write_whole(output_dir / "config.json", json.dumps(asdict(run.cfg) | {"fingerprints": run.fingerprints}, indent=2))
     for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):
         kept = [r for r in read_jsonl(output_dir / name) if r["step"] <= (done or -1)]  # step 0 is evaluated
         write_jsonl(output_dir / name, kept)
@@ -578,9 +579,16 @@ def evaluate_policy(run, step):
                                           leave=False, disable=rank > 0)))
         if rank == 0:
             append_score(run.output_dir / "eval.jsonl", step, name, records)
-    if rank == 0 and step:
-        draw_curves(run.output_dir)
-        write_rollouts(run.output_dir, run.data, run.data_path)
+
+
+def show(run):
+    """Bring the picture and the page up to date. What cannot be drawn must not stop the training."""
+    if run.accelerator.is_main_process:
+        try:
+            draw_curves(run.output_dir)
+            write_rollouts(run.output_dir, run.data, run.data_path)
+        except (Exception, SystemExit) as error:
+            print(f"warning: curves.png or rollouts.html could not be made: {error!r}", file=sys.stderr)
 
 
 def append_score(path, step, name, records):
@@ -595,8 +603,7 @@ def report_run(run):
     if not run.accelerator.is_main_process:
         return
     cfg, folder = run.cfg, run.output_dir
-    draw_curves(folder)
-    write_rollouts(folder, run.data, run.data_path)
+    show(run)
     metrics, scores = read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "eval.jsonl")
     for name in dict.fromkeys(s["set"] for s in scores):
         first, *_, last = [s for s in scores if s["set"] == name] * 2
@@ -785,7 +792,7 @@ def main(argv=None):
                 files[path, mode].append(short(file))
                 if scores and mode == choose_modes(args.modes, tokenizer)[0]:
                     checkpoint = Path(name).name.startswith("checkpoint-")
-                    append_score(scores, steps_done(Path(name)) if checkpoint else 0, path, records)
+                    append_score(scores, steps_of(Path(name)) if checkpoint else 0, path, records)
     if scores:
         draw_curves(args.run, scores)
         print(f"drawn from these scores: {args.run}/curves.png")

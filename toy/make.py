@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from grpo_vision import IMAGE_TOKENS, TEMPLATES, build_question, fail, fast_patches, set_threads
+from grpo_vision import IMAGE_TOKENS, TEMPLATES, build_question, fail, fast_vision, set_threads
 from prepare_sat import SAT_FEATURES, write_parquet
 
 # ---- The world: two to four coloured shapes on a 3 x 3 grid, each near or far ----------------------------
@@ -405,7 +405,7 @@ def train_base(path, rng, seen, seed, school=SCHOOL):
     tokenizer = build_tokenizer(rng)
     processor = Qwen2VLImageProcessor(size={"shortest_edge": 3136, "longest_edge": 12845056})
     torch.manual_seed(seed)
-    model = fast_patches(build_model(tokenizer))
+    model = fast_vision(build_model(tokenizer))
     set_threads(model)
     encode = cache(lambda text: tokenizer(text)["input_ids"])
     image_tokens = encode(IMAGE_TOKENS.replace("<|image_pad|>", "<|image_pad|>" * 9))
