@@ -32,7 +32,7 @@ from dataclasses import asdict
 from datetime import timedelta
 from math import comb, isfinite
 from pathlib import Path
-from statistics import NormalDist, mean
+from statistics import NormalDist, mean, stdev
 
 import torch
 import transformers
@@ -41,10 +41,11 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from grpo_vision import (ANSWER_BLOCK, HERE, IMAGE_TOKENS, PRESETS, RUNS, TEMPLATES, TOY, Config, build_prompt,
+from grpo_vision import (ANSWER_BLOCK, HERE, IMAGE_TOKENS, PRESETS, RUNS, TEMPLATES, TOY, build_prompts,
                          build_question, checkpoints, choose, choose_prompt, completion_text, extract_answer,
-                         fail, fingerprint, grade, load_model, load_processors, make_passes, normalise, open_image,
-                         render, sample, seeded, set_threads, steps_of, upright)
+                         fail, fingerprint, grade, load_model, load_processors, normalise, render, sample, seeded,
+                         set_threads, steps_of)
+from prepare_sat import open_image, upright
 
 # ---- The questions ---------------------------------------------------------------------------------------
 
@@ -161,18 +162,19 @@ def answer_questions(model, tokenizer, image_processor, questions, mode, batch_s
         return len(tokenizer(q["text"]).input_ids) + patches // image_processor.merge_size**2
 
     order = sorted(questions, key=lambda q: (-length(q), q["id"]))
-    for batch in (order[first:first + batch_size] for first in range(0, len(order), batch_size)):
-        prompts = [build_prompt(prompt_text(q, mode, tokenizer),
-                                [open_image(image, q["where"]) for image in q["images"]],
-                                tokenizer, image_processor, model) for q in batch]
+    for first in range(0, len(order), batch_size):
+        batch = order[first:first + batch_size]
+        texts = [prompt_text(q, mode, tokenizer) for q in batch]
+        images = [[open_image(image, q["where"]) for image in q["images"]] for q in batch]
+        passes = [build_prompts(texts[i:i + 8], images[i:i + 8], tokenizer, image_processor, model, first=i)
+                  for i in range(0, len(batch), 8)]
         generator = torch.Generator(model.device)
         generator.manual_seed(seeded(seed, "answers", mode, batch[0]["id"]).getrandbits(63))
-        passes = make_passes(prompts, Config.encode_tokens, model.device)
         rollout = sample(model, passes, 1, max_new_tokens, temperature, generator)
-        for row, (q, prompt) in enumerate(zip(batch, prompts)):
+        for row, (q, text) in enumerate(zip(batch, texts)):
             tokens = rollout.completion_ids[row, rollout.completion_mask[row]]
             record = {key: q[key] for key in ("id", "task", "source", "options", "answer")}
-            record |= {"prompt": prompt.texts[0], "completion": completion_text(prompt.texts[0], tokens, tokenizer),
+            record |= {"prompt": text, "completion": completion_text(text, tokens, tokenizer),
                        "length": len(tokens), "finished": bool(rollout.finished[row])}
             yield with_verdict(record, strict)
 
@@ -464,9 +466,8 @@ def markdown_table(rows):
     return line(rows[0]) + "|---" * len(rows[0]) + "|\n" + "".join(map(line, rows[1:]))
 
 
-def image_html(image, side=320):
-    """{"bytes", "path"} -> <img> with a small PNG or JPEG inside, so that the page needs no other file."""
-    picture = open_image(image, "an image of the page")
+def image_html(picture, side=320):
+    """PIL image -> <img> with a small PNG or JPEG inside, so that the page needs no other file."""
     picture.thumbnail((side, side))
     kind, buffer = "PNG" if max(picture.size) <= 96 else "JPEG", io.BytesIO()
     picture.save(buffer, kind)
@@ -478,7 +479,7 @@ def legend_html(data_path):
     """A legend.png beside the data, or one folder up, explains what its pictures show."""
     folder = Path(data_path) if Path(data_path).is_dir() else Path(data_path).parent
     found = [path / "legend.png" for path in (folder, folder.parent) if (path / "legend.png").exists()]
-    return f"<p>What is what:</p>{image_html({'bytes': found[0].read_bytes()}, 640)}" if found else ""
+    return f"<p>What is what:</p>{image_html(Image.open(found[0]), 640)}" if found else ""
 
 
 def score_rows(scores):
@@ -512,7 +513,7 @@ def write_report(folder, title, records, questions, data_path, most=25):
         for r in sorted(seeded("report").sample(some, min(most, len(some))), key=lambda r: r["id"]):
             said = html.escape(r["chosen"] or f"no choice: {(r['extracted'] or 'nothing')[:80]}")
             body.append(
-                f'<div class="question">{"".join(map(image_html, asked[r["id"]]["images"]))}<div>'
+                f'<div class="question">{"".join(image_html(open_image(image, "")) for image in asked[r["id"]]["images"])}<div>'
                 f'Question {r["id"]}<pre>{html.escape(asked[r["id"]]["text"])}</pre>'
                 f'Choices: {html.escape(", ".join(r["options"]))}<br>'
                 f'Right: <span class="right">{html.escape(r["answer"])}</span> '
@@ -533,32 +534,67 @@ def print_scores(title, records):
 # ---- A training run: its logs, curves.png and rollouts.html ----------------------------------------------
 
 def open_logs(run, done):
-    """The run's folder with its config.json and its logs as they were after `done` steps. A killed run may
-    have logged more; a resumed one writes that again."""
-    output_dir = run.output_dir
-    write_whole(output_dir / "config.json", json.dumps(asdict(run.cfg) | {"fingerprints": run.fingerprints}, indent=2))
+    """config.json and fingerprints.json of the run, and its logs as they were after `done` steps. A killed run
+    may have logged more; a resumed one writes that again. It must go on with the data and model it began with."""
+    cfg, folder = run.cfg, run.output_dir
+    prints = {"data": fingerprint(run.data.path), "model": fingerprint(cfg.model_name_or_path)}
+    if done and (folder / "fingerprints.json").exists():
+        for name, begun in json.loads((folder / "fingerprints.json").read_text()).items():
+            if begun != prints[name]:
+                fail(f"--resume: {folder} began with another {name}. Give the old one, or start a new run.")
+    write_whole(folder / "config.json", json.dumps(asdict(cfg), indent=2))
+    write_whole(folder / "fingerprints.json", json.dumps(prints))
     for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):
-        kept = [r for r in read_jsonl(output_dir / name) if r["step"] <= (done or -1)]  # step 0 is evaluated
-        write_jsonl(output_dir / name, kept)
+        kept = [r for r in read_jsonl(folder / name) if r["step"] <= (done or -1)]  # step 0 is evaluated
+        write_jsonl(folder / name, kept)
 
 
-def log_step(run, metrics, samples):
-    """A step's metrics and completions -> files, tracker and a line to read; the end of the run, if the
-    gradient is not finite."""
+def summarise(run, step, came):
+    """What came of a step -> its metrics, and its completions as records, both over all processes."""
+    G, lengths, batch = run.cfg.num_generations, came.rollout.lengths.tolist(), came.batch
+    samples = gather_object([
+        {"step": step, "row": batch.numbers[i // G], "prompt": batch.texts[i // G], "completion": text,
+         "answer": batch.rows[i // G]["answer"], "length": lengths[i], "finished": bool(came.rollout.finished[i]),
+         **{f"rewards/{name}": values[i].item() for name, values in came.rewards.items()},
+         "reward": sum(values[i].item() for values in came.rewards.values()),
+         "advantage": came.advantages[i].item()} for i, text in enumerate(came.rollout.texts)])
+    sums = gather_object([came.sums])
+    average = lambda name: mean(sample[name] for sample in samples)
+    tokens, rewards = sum(sample["length"] for sample in samples), [sample["reward"] for sample in samples]
+    groups = [rewards[i:i + G] for i in range(0, len(rewards), G)]
+    per_token = lambda name: sum(part[name] for part in sums) / tokens
+    metrics = {
+        "step": step, "loss": mean(part["loss"] for part in sums), "reward": average("reward"),
+        "reward_std": mean(stdev(group) if G > 1 else 0.0 for group in groups),
+        **{name: average(name) for name in samples[0] if name.startswith("rewards/")},
+        "completions/mean_length": tokens / len(samples),
+        "completions/clipped_ratio": 1 - average("finished"),
+        "frac_reward_zero_std": mean(max(group) == min(group) for group in groups),
+        **{name: per_token(name) for name in ("kl", "entropy", "clip_ratio")},
+        "grad_norm": sums[0]["grad_norm"], "learning_rate": run.optimizer.param_groups[0]["lr"],
+        **{f"seconds/{phase}": end - begin for phase, begin, end in
+           zip(("rollout", "reference", "update"), came.clock, came.clock[1:])}}
+    if run.cfg.algorithm == "sft":
+        return metrics | {"nll": per_token("nll")}, samples
+    return metrics | {"sampler_mismatch": max(part["mismatch"] for part in sums)}, samples
+
+
+def log_step(run, step, came):
+    """What came of a step -> the logs and a line to read; the end of the run, if the gradient is not finite."""
+    metrics, samples = summarise(run, step, came)
     is_main, folder = run.accelerator.is_main_process, run.output_dir
     if not isfinite(metrics["grad_norm"]):
         append_jsonl(folder / "bad_batch.jsonl", samples if is_main else [])
-        fail(f"step {metrics['step']}: gradient norm {metrics['grad_norm']}; lower --learning_rate and "
-             f"--resume from the last checkpoint; the batch is in {folder}/bad_batch.jsonl")
+        fail(f"step {step}: gradient norm {metrics['grad_norm']}. Lower --learning_rate and --resume from the last "
+             f"checkpoint. The batch is in {folder}/bad_batch.jsonl")
     if is_main:
         append_jsonl(folder / "metrics.jsonl", [metrics])
         append_jsonl(folder / "completions.jsonl", samples)
         rewards = "  ".join(f"{name.removeprefix('rewards/')} {value:.2f}" for name, value in metrics.items()
                             if name.startswith("rewards/"))
         seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
-        tqdm.write(f"step {metrics['step']:4d}  reward {metrics['reward']:.2f}  {rewards}  length "
+        tqdm.write(f"step {step:4d}  reward {metrics['reward']:.2f}  {rewards}  length "
                    f"{metrics['completions/mean_length']:.1f}  kl {metrics['kl']:.3f}  {seconds:.1f} s")
-    run.accelerator.log(metrics, step=metrics["step"])
 
 
 def load_sets(paths, limit):
@@ -586,7 +622,7 @@ def show(run):
     if run.accelerator.is_main_process:
         try:
             draw_curves(run.output_dir)
-            write_rollouts(run.output_dir, run.data, run.data_path)
+            write_rollouts(run.output_dir, run.data)
         except (Exception, SystemExit) as error:
             print(f"warning: curves.png or rollouts.html could not be made: {error!r}", file=sys.stderr)
 
@@ -685,7 +721,7 @@ def draw_curves(run, scores=None):
     plt.close(figure)
 
 
-def write_rollouts(run, data, data_path, most_steps=8, most_questions=2):
+def write_rollouts(run, data, most_steps=8, most_questions=2):
     """RUN/completions.jsonl and the training table -> RUN/rollouts.html: a self-contained page with a few
     groups of a few steps. All text is escaped: a completion that contains markup shows as text."""
     samples = defaultdict(lambda: defaultdict(list))  # step -> row number -> completions
@@ -696,14 +732,14 @@ def write_rollouts(run, data, data_path, most_steps=8, most_questions=2):
     body = ["<p>What the policy answered to a few training questions as it learned. Each table is one group, "
             "the completions of one prompt. Green rows did better than their group and are made likelier. Red "
             "rows are made less likely. The advantage says how strongly. Grey rows teach nothing: their group "
-            "got one reward.</p>", legend_html(data_path)]
+            "got one reward.</p>", legend_html(data.path)]
     for step in shown:
         body.append(f"<h2>Step {step}</h2>")
         # those with spread first: where all completions score the same there is little to see
         groups = sorted(samples[step].values(), key=lambda group: len({s["reward"] for s in group}) == 1)
         for group in groups[:most_questions]:
             row = data[group[0]["row"]]
-            body.append(f'<div class="question">{"".join(map(image_html, row["images"] or []))}<div>'
+            body.append(f'<div class="question">{"".join(map(image_html, row["images"]))}<div>'
                         f'{html.escape(row["question"])}<br>'
                         f'Options: {html.escape(", ".join(row["options"] or []))}<br>'
                         f'Right answer: <span class="right">{html.escape(row["answer"])}</span></div></div>')
@@ -876,7 +912,7 @@ def ask(args, device):
             fail(f"--image {file} cannot be read: {error}")
     question = {"text": args.ask, "images": images, "source": "asked"}
     text = prompt_text(question, choose_modes(args.modes, tokenizer)[0], tokenizer)
-    prompt = build_prompt(text, images, tokenizer, image_processor, model)
+    prompt = build_prompts([text], [images], tokenizer, image_processor, model)
     print(completion_text(text, [], tokenizer), end="", flush=True)
     temperature = 0.6 if args.temperature is None else args.temperature
     ids = stream(model, tokenizer, prompt, temperature, args.top_p, args.max_new_tokens, args.seed)

@@ -6,7 +6,7 @@ sign: every token of an answer is pushed up or down by how much better than its 
 is GRPO, Group Relative Policy Optimization. "R1-Zero" means that training starts from a base model. Nobody
 shows it how to reason; it learns from right or wrong alone.
 
-One training step is this recipe. `train_step` puts it together, and the sections below follow it.
+One training step. `train_step` puts it together, and the sections below follow it:
 
   1. Draw B questions, each with its image, and put each into the prompt template.
   2. Sample G completions of each prompt from the policy. Row i of the N = B * G rows has prompt i // G.
@@ -22,20 +22,19 @@ One training step is this recipe. `train_step` puts it together, and the section
      policy close to the reference.
 
 One idea makes it fast. A group shares one image and one prompt. They run through the model once per pass, and
-the G completions branch off the keys and values that they leave. This is exact: `encode`, `score` and the
-backward in two stages in `update` show how.
+the G completions branch off the keys and values that they leave. It is exact: see `encode`, `score`, `update`.
 
 Symbols: n prompts of a pass, P prompt tokens, C completion tokens, K rows of a chunk, H hidden size, V
 vocabulary size. Tensor lines end in their shape: # (N, C). `cfg` holds the settings (`Config`). `run` holds
 what `setup` makes of them: the policy, which is trained; the sampler, its copy that samples; the reference;
 optimizer, tokenizer, data.
 
-    accelerate launch --num_processes 1 grpo_vision.py              # the toy: any laptop, offline, 2 minutes
-    accelerate launch --num_processes 1 grpo_vision.py --preset sat # Qwen2-VL-2B on SAT, on one GPU
-    accelerate launch --num_processes 8 grpo_vision.py --preset sat # the same, sharded over eight GPUs
+    python grpo_vision.py                                             # the toy: a laptop, offline, 2 minutes
+    python grpo_vision.py --preset sat                                # Qwen2-VL-2B on SAT, on one GPU
+    accelerate launch --num_processes 8 grpo_vision.py --preset sat   # the same, sharded over eight GPUs
 """
 import hashlib
-import io
+import itertools
 import json
 import math
 import os
@@ -43,16 +42,16 @@ import random
 import re
 import shutil
 import signal
-import statistics
 import sys
 import time
 import warnings
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import MethodType, SimpleNamespace
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
 
 import torch
 import torch.distributed.checkpoint as distributed_checkpoint
@@ -60,40 +59,39 @@ import transformers
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from filelock import FileLock, Timeout
-from PIL import Image, ImageOps
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_optimizer_state_dict, set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen2_vl.modeling_qwen2_vl import apply_rotary_pos_emb_vision
 
 
 def train_step(run, cfg, step):
-    """The recipe, once -> the step's metrics and its completions, to be logged."""
-    timer = Timer()
+    """The six steps, once -> all that came of them, to be logged."""
+    clock = [now()]
     # 1. B questions with their images, in the prompt template
     batch = draw_batch(run, cfg, step)
     # 2. G completions of each
     rollout = draw_completions(run, cfg, step, batch)
-    timer.lap("rollout")
+    clock.append(now())
     # 3. their rewards, by name
     rewards = compute_rewards(cfg.rewards, rollout.texts, rollout.lengths, batch.rows, run.template)
     # 4. their advantages
     advantages = group_advantages(sum(rewards.values()), cfg.num_generations, cfg.scale_rewards)  # (N,)
     # 5. the reference's log-probabilities
     ref_logps = score_by_reference(run.reference, batch.passes, rollout, cfg)                     # (N, C)
-    timer.lap("reference")
+    clock.append(now())
     # 6. the policy's log-probabilities, the loss and the update
-    sums = optimise(run, cfg, batch.passes, rollout, advantages, ref_logps, learning_rate(cfg, step))
-    timer.lap("update")
-    return summarise(cfg, step, batch, rollout, rewards, advantages, sums, timer.seconds)
+    sums = optimise(run, cfg, step, batch.passes, rollout, advantages, ref_logps)
+    clock.append(now())
+    return SimpleNamespace(batch=batch, rollout=rollout, rewards=rewards, advantages=advantages, sums=sums,
+                           clock=clock)
 
 
 # ---- Step 1: the question, with its images, in the prompt template ---------------------------------------
@@ -104,9 +102,9 @@ IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
 # learns to write answer blocks from the format reward. "direct" is for answers without reasoning.
 TEMPLATES = {
     "base": "A conversation between User and Assistant. The user asks a question about the image, and the "
-            "Assistant solves it. The assistant first thinks about the reasoning process in the mind and then "
-            "provides the user with the answer.\nUser: {question} \nAssistant: Let me solve this step by "
-            "step.\n<think>",
+            "Assistant solves it. The assistant first thinks about the reasoning process in the mind and "
+            "then provides the user with the answer.\nUser: {question} \nAssistant: Let me solve this step "
+            "by step.\n<think>",
     "base-direct": "A conversation between User and Assistant. The user asks a question about the image, and "
                    "the Assistant solves it.\nUser: {question} \nAssistant: ",
     "instruct": "{question}  Output the thinking process in <think> </think> and final answer (option) in "
@@ -116,7 +114,7 @@ TEMPLATES = {
 
 
 def build_question(question, options):
-    """The paper's wording of a question with its options. Without options it stays as it is.
+    """The paper's wording of a question with its options, if it has any.
 
     >>> build_question("How many chairs are there?", ["2", "3", "5"])
     'Answer in natural language. How many chairs are there? Choose between the following options: 2, 3 or 5'
@@ -128,11 +126,8 @@ def build_question(question, options):
 
 
 def render(question, num_images, template, tokenizer):
-    """Fill TEMPLATES[template] with a question -> the prompt's text, with IMAGE_TOKENS once per image.
-
-    Images come first, numbered if there are several. An instruct prompt is the user's turn of the chat
-    template, behind which the assistant's turn is opened.
-    """
+    """Fill TEMPLATES[template] with a question -> the prompt's text. Images come first, numbered if there are
+    several. An instruct prompt is the user's turn of the chat template, and the assistant's turn is opened."""
     numbers = [f"Picture {i + 1}: " if num_images > 1 else "" for i in range(num_images)]
     images = "".join(number + IMAGE_TOKENS for number in numbers)
     text = images + TEMPLATES[template].format(question=question)
@@ -148,56 +143,39 @@ def row_text(row, template, tokenizer):
     return render(question, len(row["images"] or []), template, tokenizer)
 
 
-@dataclass
-class Batch:
-    """This process's B questions of a step."""
-    numbers: list  # their row numbers in the data
-    rows: list     # their rows (dicts)
-    passes: list   # [Prompts, ...]
-
-
 def draw_batch(run, cfg, step):
-    """This process's share of the step's questions -> Batch."""
+    """This process's B of the step's questions -> their numbers in the data, their rows (dicts), their
+    prompts' texts, and the passes in which they run through the model, each n prompts."""
     B, rank = cfg.prompts_per_step // run.accelerator.num_processes, run.accelerator.process_index
-    numbers = draw(run.kept, cfg.seed, step * cfg.prompts_per_step + rank * B, B)
-    rows, prompts = [run.data[i] for i in numbers], []
-    for i, row in zip(numbers, rows):
-        images = [open_image(image, f"{run.data_path}, row {i}") for image in row["images"] or []]
-        text = row_text(row, run.template, run.tokenizer)
-        prompts.append(build_prompt(text, images, run.tokenizer, run.image_processor, run.sampler))
-    batch = Batch(numbers, rows, make_passes(prompts, cfg.encode_tokens, run.sampler.device))
-    for part in batch.passes:
-        if cfg.freeze == "vision" and part.pixel_values is not None:  # once, for all three models
-            with torch.no_grad():
-                part.image_features = run.sampler.model.get_image_features(part.pixel_values, part.image_grid_thw)
-    return batch
+    numbers = run.data.draw(cfg.seed, step * cfg.prompts_per_step + rank * B, B)
+    rows = [run.data[number] for number in numbers]
+    texts, images = [row_text(row, run.template, run.tokenizer) for row in rows], [row["images"] for row in rows]
+    n = max(1, cfg.encode_tokens // cfg.max_prompt_length)  # no prompt is longer, so a pass has a bound
+    passes = [build_prompts(texts[i:i + n], images[i:i + n], run.tokenizer, run.image_processor, run.sampler, i)
+              for i in range(0, B, n)]
+    return SimpleNamespace(numbers=numbers, rows=rows, texts=texts, passes=passes)
 
 
 # ---- Step 2: run images and prompts through the model once, and branch off G completions -----------------
 
 def encode(model, prompts):
-    """Images and prompts, once -> what each layer leaves, [keys of layer 0, values of layer 0, keys of layer
-    1, ...], each (n, kv_heads, P - 1, head_dim).
+    """A pass (`Prompts`), once -> what each layer leaves, [keys of layer 0, values of layer 0, keys of layer 1,
+    ...], each (n, kv_heads, P - 1, head_dim).
 
     The last prompt token is left out. It becomes the first input of every completion, whose output predicts
     the first completion token. So sampling and scoring need the keys and values only.
     """
     layers = [PromptLayer() for _ in range(model.config.text_config.num_hidden_layers)]
-    images = dict(pixel_values=prompts.pixel_values, image_grid_thw=prompts.image_grid_thw)
-    if prompts.image_features is not None:
-        images = dict(mm_encoder_outputs={"image": prompts.image_features})
     model.model(input_ids=prompts.input_ids[:, :-1], position_ids=prompts.position_ids[:, :, :-1],
-                past_key_values=Cache(layers=layers), **images)
+                pixel_values=prompts.pixel_values, image_grid_thw=prompts.image_grid_thw,
+                past_key_values=Cache(layers=layers))
     return [x for layer in layers for x in (layer.keys, layer.values)]
 
 
 def token_logps(model, hidden, temperature):
-    """(..., H) hidden states -> (..., V) log-probabilities, the one place where states become a distribution.
-
-    Sampling and scoring share it, with its temperature and `model.suppressed`, (V,) bool, the tokens that are
-    never drawn. Otherwise the policy that is trained would not be the one whose samples were rewarded. (The
-    paper's code ignores the temperature here.)
-    """
+    """(..., H) hidden states -> (..., V) log-probabilities. Sampling and scoring share the temperature (which
+    the paper's code ignores when scoring) and `model.suppressed`, (V,) bool, the tokens that are never drawn.
+    Otherwise the policy that is trained would not be the one whose samples were rewarded."""
     logits = model.lm_head(hidden)
     # in place: with 151,936 tokens in the vocabulary these are the largest tensors of all
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
@@ -207,54 +185,47 @@ def token_logps(model, hidden, temperature):
 
 @dataclass
 class Rollout:
-    """What comes of letting the policy run: G completions of each prompt, rows prompt-major. (In the paper's
-    code completions are sample-major, but images and answers are prompt-major. That fits for one prompt per
-    device only.)"""
+    """G completions of each prompt, prompt-major. (The paper's code has completions sample-major, but images
+    and answers prompt-major, which is right for one prompt per device only.)"""
     completion_ids: torch.Tensor   # (N, C) padded on the right
     completion_mask: torch.Tensor  # (N, C) bool, True up to the end token, which counts: it was chosen too
     sampling_logps: torch.Tensor   # (N, C) log-probability of each token when it was drawn
-    finished: torch.Tensor         # (N,) bool, False if cut off at max_completion_length
+    finished: torch.Tensor         # (N,) bool, False if cut off at the limit
     texts: Optional[list] = None   # N str, what the completions say
-
-    @property
-    def lengths(self):
-        return self.completion_mask.sum(1)                                                        # (N,)
+    lengths = property(lambda self: self.completion_mask.sum(1))  # (N,) tokens
 
 
 @torch.no_grad()
-def sample(model, passes, num_generations, max_completion_length, temperature, generator=None):
-    """Draw G completions of each prompt of the passes (temperature 0: the likeliest tokens) -> Rollout."""
-    decoder, limit = Decoder(model, passes, num_generations, max_completion_length), max_completion_length
-    N, device, ends = len(decoder.rows), model.device, torch.tensor(model.eos_ids, device=model.device)
-    completion_ids = torch.full((N, limit), model.eos_ids[0], device=device)
-    sampling_logps = torch.zeros(N, limit, device=device).to(torch.promote_types(model.dtype, torch.float32))
-    finished = torch.zeros(N, dtype=torch.bool, device=device)
+def sample(model, passes, num_generations, limit, temperature, generator=None):
+    """Draw G completions of each prompt, of at most `limit` tokens -> Rollout. temperature 0: the likeliest."""
+    decoder, ends = Decoder(model, passes, num_generations, limit), torch.tensor(model.eos_ids).to(model.device)
+    N, dtype = len(decoder.rows), torch.promote_types(model.dtype, torch.float32)
+    completion_ids = torch.full((N, limit), model.eos_ids[0], device=model.device)                # (N, limit)
+    sampling_logps = torch.zeros((N, limit), dtype=dtype, device=model.device)                    # (N, limit)
     for t in range(limit):
         rows = decoder.rows                        # (R,) of the N rows, those that are still being decoded
         logps = token_logps(model, decoder.step(), temperature or 1.0)                            # (R, V)
-        if t == 0 and not logps.isfinite().all():
-            fail("the model's output is not finite. Its weights hold nan or inf: start from another model.")
         if temperature > 0:
             # the token at which the sum of the probabilities passes u, uniform in [0, 1); in float64, because
             # 150,000 unlikely tokens add up to something, and float32 would round them away
             cumulative = logps.to(torch.float64, copy=True).exp_().cumsum(-1)                     # (R, V)
-            u = torch.rand(len(rows), 1, dtype=torch.float64, device=device, generator=generator)
+            u = torch.rand(len(rows), 1, dtype=torch.float64, device=model.device, generator=generator)
             tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)           # (R, 1)
         else:
             tokens = logps.argmax(-1, keepdim=True)                                               # (R, 1)
+        if t == 0 and not logps.isfinite().all():
+            fail("the model's output is not finite: its weights hold nan or inf. Start from another model.")
         completion_ids[rows, t] = tokens[:, 0]
         sampling_logps[rows, t] = logps.gather(-1, tokens)[:, 0]
-        finished[rows] |= torch.isin(tokens[:, 0], ends)
-        if finished.all():
+        if not decoder.feed(tokens, torch.isin(tokens[:, 0], ends)):
             break
-        decoder.feed(tokens, ~finished[rows])
-    # a row that has ended may be decoded further for a while: what comes after its end token does not count
-    is_end = torch.isin(completion_ids, ends)                                                     # (N, limit)
-    completion_mask = is_end.cumsum(1) - is_end.int() == 0                                        # (N, limit)
+    # what a row says after its end token, until it leaves the decoder, does not count
+    is_end = torch.isin(completion_ids, ends).int()                                               # (N, limit)
+    completion_mask = is_end.cumsum(1) - is_end == 0                                              # (N, limit)
     C = int(completion_mask.sum(1).max())
     completion_ids.masked_fill_(~completion_mask, model.eos_ids[0])
     sampling_logps.masked_fill_(~completion_mask, 0.0)
-    return Rollout(completion_ids[:, :C], completion_mask[:, :C], sampling_logps[:, :C], finished)
+    return Rollout(completion_ids[:, :C], completion_mask[:, :C], sampling_logps[:, :C], is_end.any(1))
 
 
 def draw_completions(run, cfg, step, batch):
@@ -263,19 +234,18 @@ def draw_completions(run, cfg, step, batch):
     if cfg.algorithm == "sft":
         rollout = given_completions(run, cfg, batch)
     else:
-        generator = torch.Generator(run.sampler.device)
-        generator.manual_seed(seeded(cfg.seed, "sample", step, run.accelerator.process_index).getrandbits(63))
+        seed = seeded(cfg.seed, "sample", step, run.accelerator.process_index).getrandbits(63)
+        generator = torch.Generator(run.sampler.device).manual_seed(seed)
         rollout = sample(run.sampler, batch.passes, cfg.num_generations, cfg.max_completion_length,
                          cfg.temperature, generator)
-    prompts = [text for part in batch.passes for text in part.texts for _ in range(cfg.num_generations)]
-    rollout.texts = [completion_text(prompt, ids[mask], run.tokenizer)
-                     for prompt, ids, mask in zip(prompts, rollout.completion_ids, rollout.completion_mask)]
+    rollout.texts = [completion_text(batch.texts[i // cfg.num_generations], ids[mask], run.tokenizer)
+                     for i, (ids, mask) in enumerate(zip(rollout.completion_ids, rollout.completion_mask))]
     return rollout
 
 
 # ---- Step 3: the rewards, pure functions of the text -----------------------------------------------------
 
-# Rules judge a completion by its text alone. There is no reward model to train or to fool.
+# There is no reward model to train or to fool.
 
 ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 WELL_FORMED = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
@@ -288,9 +258,8 @@ def completion_text(prompt_text, completion_ids, tokenizer):
 
 
 def extract_answer(text):
-    """What is inside the one answer block; None if there is none, or several, or nothing in it.
-
-    (Evaluation is more lenient: eval_cvbench.read_answer.)
+    """What is inside the one answer block; None if there is none, or several, or nothing in it. (Evaluation
+    is more lenient: eval_cvbench.read_answer.)
 
     >>> extract_answer("<think> two chairs </think> <answer> 2 </answer>")
     '2'
@@ -307,10 +276,8 @@ def normalise(text):
 
 
 def choose(answer, options):
-    """-> the option that `answer` is, by its text or its letter, or None.
-
-    Case, spaces, a final full stop and brackets around the letter are forgiven. A letter beyond the options
-    chooses nothing, and nothing is found inside other words or numbers.
+    """-> the option that `answer` is, by its text or its letter, or None. Case, spaces, a final full stop and
+    brackets around the letter are forgiven. Nothing is found inside other words or numbers.
 
     >>> choose("Left.", ["right", "left"]), choose("(b)", ["right", "left"]), choose("5", ["15", "3"])
     ('left', 'left', None)
@@ -366,16 +333,13 @@ def compute_rewards(names, texts, lengths, rows, template="base"):
 
 # ---- Step 4: the advantages, each completion against its own group ---------------------------------------
 
-# A reward says little by itself: 1 is poor where the siblings got 2. The advantage compares. Subtracting the
-# group's mean keeps the expected gradient and reduces its noise.
-
 def group_advantages(rewards, num_generations, scale_rewards=True):
-    """(N,) rewards, prompt-major -> (N,) advantages A = (R - mean) / (std + 1e-4) per group; unbiased std.
+    """(N,) rewards -> (N,) advantages A = (R - mean) / (std + 1e-4) per group, with the unbiased std.
 
-    The group is its own baseline: no value network (DeepSeekMath, arXiv 2402.03300, section 4.1.2; the 1e-4
-    is from the paper's code). scale_rewards=False leaves A = R - mean, because the std gives more weight to
-    questions that are nearly always right or wrong (Dr. GRPO, arXiv 2503.20783). A group without spread gets
-    exactly 0.
+    A reward of 1 is poor where the siblings got 2. Subtracting the group's mean keeps the expected gradient
+    and reduces its noise, without a value network (DeepSeekMath, arXiv 2402.03300, section 4.1.2; the 1e-4 is
+    the paper's code's). scale_rewards=False leaves A = R - mean: the std gives more weight to questions that
+    are nearly always right or wrong (Dr. GRPO, arXiv 2503.20783). A group without spread gets exactly 0.
     """
     if num_generations == 1:  # SFT: no siblings. With A = 1, step 6 follows the gradient of log pi
         return torch.ones_like(rewards)                                                           # (N,)
@@ -390,11 +354,11 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
 
 # ---- Step 5: the log-probability of each completion token ------------------------------------------------
 
-# All tokens are known by now, so one pass scores them all. The reference is asked here, the policy in step 6.
+# All tokens are known by now, so one pass scores them all. The policy is asked in step 6, by the same `score`.
 
 def chosen_logps(model, hidden, tokens, temperature):
-    """(T, H) hidden states and the (T,) tokens that followed them -> their log-probabilities and the entropy
-    of the distribution they were drawn from, without gradient, each (T,)."""
+    """(T, H) hidden states and the (T,) tokens that followed them -> their log-probabilities and, without
+    gradient, the entropy of the distributions that they were drawn from, each (T,)."""
     logps = token_logps(model, hidden, temperature)                                               # (T, V)
     with torch.no_grad():
         entropy = -logps.exp().mul_(logps).sum(-1)                                                # (T,)
@@ -409,20 +373,18 @@ def score(model, prompts, prompt_kv, group, completion_ids, completion_mask, cfg
     prompt token, one position before next_position. What pads it on the right comes after all that counts.
     """
     (K, C), P, device = completion_ids.shape, prompts.input_ids.shape[1], completion_ids.device
-    last = prompts.lengths[group] - 1                                                             # (K,)
-    inputs = torch.cat([prompts.input_ids[group, last][:, None], completion_ids[:, :-1]], 1)      # (K, C)
+    last = prompts.lengths[group][:, None] - 1                                                    # (K, 1)
+    inputs = torch.cat([prompts.input_ids[group].gather(1, last), completion_ids[:, :-1]], 1)     # (K, C)
     positions = prompts.next_position[group][:, None] - 1 + torch.arange(C, device=device)        # (K, C)
-    is_prompt = torch.arange(P - 1, device=device) < last[:, None]                                # (K, P - 1)
+    is_prompt = torch.arange(P - 1, device=device) < last                                         # (K, P - 1)
     visible = torch.cat([is_prompt, torch.ones_like(completion_mask)], 1)                     # (K, P - 1 + C)
-    layers = [PromptLayer(keys, values, group) for keys, values in zip(prompt_kv[::2], prompt_kv[1::2])]
+    layers = [PromptLayer(*kv, group) for kv in zip(prompt_kv[::2], prompt_kv[1::2])]
     hidden = model.model(input_ids=inputs, position_ids=positions.expand(3, K, C), attention_mask=visible,
                          past_key_values=Cache(layers=layers)).last_hidden_state                  # (K, C, H)
-    found = []
-    for states, tokens in zip(hidden[completion_mask].split(2048), completion_ids[completion_mask].split(2048)):
-        if cfg.gradient_checkpointing:  # only 2048 tokens' log-probabilities exist at a time
-            found.append(checkpoint(chosen_logps, model, states, tokens, cfg.temperature, use_reentrant=False))
-        else:
-            found.append(chosen_logps(model, states, tokens, cfg.temperature))
+    # in pieces: with gradient_checkpointing, only 2048 tokens' log-probabilities exist at a time
+    pieces = zip(hidden[completion_mask].split(2048), completion_ids[completion_mask].split(2048))
+    call = partial(checkpoint, use_reentrant=False) if cfg.gradient_checkpointing else lambda f, *x: f(*x)
+    found = [call(chosen_logps, model, *piece, cfg.temperature) for piece in pieces]
     logps, entropy = (torch.cat(parts) for parts in zip(*found))                                  # (T,)
     blank = torch.zeros(K, C, dtype=logps.dtype, device=device)
     return blank.masked_scatter(completion_mask, logps), blank.masked_scatter(completion_mask, entropy)
@@ -436,15 +398,12 @@ def score_by_reference(reference, passes, rollout, cfg):
     ref_logps = torch.zeros_like(rollout.sampling_logps)                                          # (N, C)
     for prompts in passes:
         prompt_kv = reference(encode, prompts)
-        for rows, group, ids, mask in chunks_of_pass(prompts, rollout, cfg):
+        for rows, group, ids, mask in chunks(prompts, rollout, cfg):
             ref_logps[rows, :ids.shape[1]] += reference(score, prompts, prompt_kv, group, ids, mask, cfg)[0]
     return ref_logps
 
 
 # ---- Step 6: the loss, and its gradient ------------------------------------------------------------------
-
-# Tokens of better-than-average completions become likelier. The gradient comes in two stages, first of the
-# completions, then of the prompts that they share. Then the optimizer takes its step.
 
 # What a token counts in the loss of a step, for each row (N,), from the rows' lengths (N,) and their limit.
 LOSS_TYPES = {
@@ -468,9 +427,8 @@ def weigh_tokens(lengths, finished, cfg):
 def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, token_weights,
               completion_mask, epsilon, epsilon_high, beta):
     """The loss of K of the step's rows (arXiv 2402.03300, eq. 3); over all chunks it adds up to the step's.
-
-    *_logps, completion_mask: (K, C); advantages, token_weights: (K,). If beta is 0 no reference is needed.
-    Returns loss, and for the log kl (K, C) and where the clip acts (K, C).
+    *_logps, completion_mask: (K, C); advantages, token_weights: (K,). Also returns, for the log, kl and where
+    the clip acts, (K, C).
 
     Why it teaches: the expected reward grows along the mean of A * gradient of log pi(completion), over
     samples of pi (the policy gradient). While pi is pi_old, the ratio is 1 and its gradient is that of log
@@ -479,8 +437,8 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     clip: a token that has moved by epsilon in the direction of its A is pushed no further. And hence the min:
     one that has moved the other way is still pushed.
 
-    What is logged: with num_iterations 1 the ratio is 1. Where every row counts the same (loss_type "grpo"),
-    the A of a group cancel, and the logged loss is beta * KL, near 0. Its gradient is not 0.
+    With one update the ratio is 1, and with loss_type "grpo" the A of a group cancel: the logged loss is
+    beta * KL, near 0. Its gradient is not 0.
     """
     A = advantages[:, None]                                                                       # (K, 1)
     # ratio = pi / pi_old
@@ -512,18 +470,17 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
     This is the chain rule, cut at the keys and values, and exact. Memory holds the graph of one pass and of
     one chunk. Both have a budget, so it grows neither with B nor with G.
 
-    advantages, token_weights: (N,). old_logps: (N, C), or None in the first pass over a rollout, in which
-    pi_old is pi. (Not the sampler's log-probabilities: it may compute in bf16, and the ratio would show its
-    rounding.) Returns the log-probabilities of this pass (N, C), and sums over all tokens to log.
+    advantages, token_weights: (N,). ref_logps, old_logps: (N, C). old_logps is None where pi_old is pi. (The
+    sampler's would show its rounding.) Returns this pass's log-probabilities (N, C), and sums to log.
     """
     logps = torch.zeros_like(rollout.sampling_logps)                                              # (N, C)
-    sums = dict.fromkeys(("loss", "entropy", "kl", "clip"), 0.0)
+    sums = dict.fromkeys(("loss", "entropy", "kl", "clip_ratio"), 0.0)
     for prompts in passes:
         prompt_kv = policy(encode, prompts)
         # the sum over chunks is kept in float32, whatever the keys and values are computed in
         leaves = [x.detach().to(torch.promote_types(x.dtype, torch.float32)).requires_grad_()
-                  for x in prompt_kv]                                     # each (n, kv_heads, P - 1, head_dim)
-        for rows, group, ids, mask in chunks_of_pass(prompts, rollout, cfg):
+                  for x in prompt_kv]                                # each (n, kv_heads, P - 1, head_dim)
+        for rows, group, ids, mask in chunks(prompts, rollout, cfg):
             C = ids.shape[1]
             leaf_kv = [leaf.to(x.dtype) for leaf, x in zip(leaves, prompt_kv)]  # freed with the chunk's graph
             pi, entropy = policy(score, prompts, leaf_kv, group, ids, mask, cfg)                  # (K, C)
@@ -533,7 +490,7 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
                                           cfg.epsilon, cfg.epsilon_high, cfg.beta)
             loss.backward()                                                                       # stage 1
             logps[rows, :C] += pi.detach()
-            for name, values in dict(loss=loss, entropy=entropy, kl=kl * mask, clip=clipped * mask).items():
+            for name, values in dict(loss=loss, entropy=entropy, kl=kl * mask, clip_ratio=clipped * mask).items():
                 sums[name] += values.sum().item()
         ends = [(x, leaf.grad.to(x.dtype)) for x, leaf in zip(prompt_kv, leaves) if x.requires_grad]
         if ends:  # none without an image, if only the image tower is trained
@@ -541,20 +498,21 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
     return logps, sums
 
 
-def optimise(run, cfg, passes, rollout, advantages, ref_logps, learning_rate):
-    """num_iterations updates of the weights -> sums over tokens to log and the norm of the gradient before
-    clipping, of the last update, but nll and mismatch of the first. An update whose norm is not finite leaves
-    the weights as they are, and is the last."""
+def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
+    """num_iterations updates of the weights -> sums over tokens and the norm of the gradient, to log. An update
+    whose norm is not finite leaves the weights as they are, and is the last."""
+    advantages = advantages.to(run.sampler.device)                                                # (N,)
     token_weights = own_weights(run, rollout, cfg)                                                # (N,)
+    decay = 1 - step / cfg.max_steps if cfg.lr_scheduler_type == "linear" else 1
+    run.optimizer.param_groups[0]["lr"] = cfg.learning_rate * decay
     old_logps = None  # in the first update pi_old is pi itself
     for _ in range(cfg.num_iterations):
-        logps, sums = update(run.policy, passes, rollout, advantages, token_weights, ref_logps,
-                             old_logps, cfg)
+        logps, sums = update(run.policy, passes, rollout, advantages, token_weights, ref_logps, old_logps, cfg)
         old_logps = logps if old_logps is None else old_logps                                     # (N, C)
-        sums["grad_norm"] = clip_gradient(run, cfg.max_grad_norm)
+        norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm or math.inf)
+        sums["grad_norm"] = float(whole(norm))
         if not math.isfinite(sums["grad_norm"]):
             break
-        run.optimizer.param_groups[0]["lr"] = learning_rate
         run.optimizer.step()
         run.optimizer.zero_grad()
     refresh(run.sampler, run.policy)
@@ -562,25 +520,22 @@ def optimise(run, cfg, passes, rollout, advantages, ref_logps, learning_rate):
     sums["mismatch"] = ((old_logps - rollout.sampling_logps) * rollout.completion_mask).abs().max().item()
     return sums
 
-# ==========================================================================================================
-# The algorithm ends here. What follows is the machine that it runs on.
-# ==========================================================================================================
+
+# ==== The algorithm ends here. What follows is the machine that it runs on ================================
 
 # ---- Prompts as the model takes them, and chunks of rows -------------------------------------------------
 
 @dataclass
 class Prompts:
-    """n questions with their images. Shorter ones are padded on the right. Encoding needs no mask for that:
-    attention is causal, so nothing that counts sees the padding."""
-    texts: list                                    # n str, with one <|image_pad|> per image
+    """A pass: n prompts with their images. Shorter ones are padded on the right. Encoding needs no mask for
+    that: attention is causal, so nothing that counts sees the padding."""
     input_ids: torch.Tensor                        # (n, P) with the image tokens
     position_ids: torch.Tensor                     # (3, n, P)
     lengths: torch.Tensor                          # (n,) tokens that are not padding
     next_position: torch.Tensor                    # (n,) position of the first completion token
     pixel_values: Optional[torch.Tensor] = None    # (patches of all images, numbers of a patch)
     image_grid_thw: Optional[torch.Tensor] = None  # (images, 3) patches along time, height and width
-    image_features: Any = None                     # what the image tower makes of them, if it is frozen
-    first: int = 0                                 # number of the first of them in its batch
+    first: int = 0                                 # number of the first of the n in its batch
 
 
 def expand_images(text, tokens_per_image):
@@ -591,80 +546,51 @@ def expand_images(text, tokens_per_image):
     return head + "".join("<|image_pad|>" * n + part for n, part in zip(tokens_per_image, rest))
 
 
-def build_prompt(text, images, tokenizer, image_processor, model):
-    """text: str from `render`, images: list of PIL images, may be empty -> Prompts with n = 1, on the CPU.
+def build_prompts(texts, images, tokenizer, image_processor, model, first=0):
+    """n texts from `render`, n lists of PIL images, which may be empty -> Prompts on the model's device.
 
-    The model is asked for its image token and its rule of positions only. The rule is M-RoPE, multimodal
-    rotary position embedding: a token has a position in time, height and width. The three are equal for text.
-    h x w image tokens advance the position of what follows by max(h, w).
+    The model's rule of positions is M-RoPE, multimodal rotary position embedding. A token has a position in
+    time, height and width; the three are equal for text. h x w image tokens advance what follows by max(h, w).
     """
-    pixels, tokens_per_image = {}, []
-    if images:
-        pixels = image_processor(images=images, return_tensors="pt")  # pixel_values and image_grid_thw
-        tokens_per_image = (pixels["image_grid_thw"].prod(-1) // image_processor.merge_size**2).tolist()
-    ids = tokenizer(expand_images(text, tokens_per_image), return_tensors="pt").input_ids         # (1, P)
-    is_image = (ids == model.config.image_token_id).int()
-    position_ids, _ = model.model.get_rope_index(ids, mm_token_type_ids=is_image,
-                                                 image_grid_thw=pixels.get("image_grid_thw"))
-    return Prompts([text], ids, position_ids, torch.tensor([ids.shape[1]]), position_ids.amax((0, 2)) + 1,
-                   **pixels)
+    flat, pixels, tokens = list(itertools.chain(*images)), {}, iter(())
+    if flat:
+        pixels = image_processor(images=flat, return_tensors="pt")  # pixel_values and image_grid_thw
+        tokens = iter((pixels["image_grid_thw"].prod(-1) // image_processor.merge_size**2).tolist())
+    texts = [expand_images(text, [next(tokens) for _ in some]) for text, some in zip(texts, images)]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")             # (n, P)
+    is_image = (batch.input_ids == model.config.image_token_id).int()
+    position_ids, _ = model.model.get_rope_index(
+        batch.input_ids, mm_token_type_ids=is_image, image_grid_thw=pixels.get("image_grid_thw"),
+        attention_mask=batch.attention_mask)
+    found = dict(input_ids=batch.input_ids, position_ids=position_ids, lengths=batch.attention_mask.sum(1),
+                 next_position=position_ids.amax((0, 2)) + 1, **pixels)
+    return Prompts(**{name: x.to(model.device) for name, x in found.items()}, first=first)
 
 
-def join(prompts, device, first=0):
-    """Prompts of one question each -> one Prompts on the device."""
-    pad, with_image = nn.utils.rnn.pad_sequence, [p for p in prompts if p.pixel_values is not None]
-    images = {name: torch.cat([getattr(p, name) for p in with_image]).to(device)
-              for name in ("pixel_values", "image_grid_thw") if with_image}
-    return Prompts([p.texts[0] for p in prompts], pad([p.input_ids[0] for p in prompts], True).to(device),
-                   pad([p.position_ids[:, 0].T for p in prompts]).permute(2, 1, 0).to(device),
-                   torch.cat([p.lengths for p in prompts]).to(device),
-                   torch.cat([p.next_position for p in prompts]).to(device), **images, first=first)
-
-
-def make_passes(prompts, encode_tokens, device):
-    """Prompts of one question each -> [Prompts, ...], as many questions in each as encode_tokens admits, or
-    one that is longer."""
-    n = max(1, encode_tokens // largest(max(int(p.lengths) for p in prompts)))
-    return [join(prompts[i:i + n], device, first=i) for i in range(0, len(prompts), n)]
-
-
-def chunks(lengths, score_tokens):
-    """Lengths of rows -> lists of row numbers, short rows first, with rows * longest <= score_tokens in each.
-
-    Rows of like length waste little on padding. A row longer than the budget is a list of its own.
-
-    >>> chunks([5, 2, 9, 3], score_tokens=8)
-    [[1, 3], [0], [2]]
-    """
-    result = []
-    for row in sorted(range(len(lengths)), key=lambda i: lengths[i]):
-        if result and (len(result[-1]) + 1) * lengths[row] <= score_tokens:
-            result[-1].append(row)
+def chunks(prompts, rollout, cfg):
+    """The rows of a pass in chunks, short ones first, with rows * longest <= score_tokens in each, or one that
+    is longer. Rows of several groups may meet. Yields their numbers in the rollout (K,), which of the n prompts
+    each belongs to (K,), completion_ids and completion_mask (K, C)."""
+    G, lengths, found = cfg.num_generations, rollout.lengths.tolist(), []
+    first = prompts.first * G
+    for row in sorted(range(first, first + len(prompts.lengths) * G), key=lengths.__getitem__):
+        if found and (len(found[-1]) + 1) * lengths[row] <= cfg.score_tokens:
+            found[-1].append(row)
         else:
-            result.append([row])
-    return result
-
-
-def chunks_of_pass(prompts, rollout, cfg):
-    """The rows of a pass, chunk by chunk; rows of several groups may meet. Yields their numbers in the
-    rollout (K,), which of the n prompts each belongs to (K,), completion_ids and completion_mask (K, C)."""
-    G, first = cfg.num_generations, prompts.first * cfg.num_generations
-    found = chunks(rollout.lengths[first:first + G * len(prompts.texts)].tolist(), cfg.score_tokens)
-    for chunk in found:
-        rows = torch.tensor(chunk, device=rollout.completion_ids.device)                          # (K,)
-        C = int(rollout.lengths[rows + first].max())
-        yield rows + first, rows // G, rollout.completion_ids[rows + first, :C], \
-            rollout.completion_mask[rows + first, :C]
+            found.append([row])
     # a sharded forward needs every process: one with fewer chunks adds some of one row without tokens
-    for _ in range(largest(len(found)) - len(found)):
-        yield rows[:1] + first, rows[:1] // G, rollout.completion_ids[rows[:1] + first, :1], \
-            torch.zeros_like(rollout.completion_mask[:1, :1])
+    missing = max(gather_object([len(found)])) - len(found)
+    for chunk, counts in [(chunk, True) for chunk in found] + missing * [(found[0][:1], False)]:
+        rows = torch.tensor(chunk, device=rollout.completion_ids.device)                          # (K,)
+        C = max(lengths[row] for row in chunk)
+        mask = rollout.completion_mask[rows, :C] & counts
+        yield rows, rows // G - prompts.first, rollout.completion_ids[rows, :C], mask
 
 
 # ---- Decoding --------------------------------------------------------------------------------------------
 
 class PromptLayer(DynamicLayer):
-    """A layer of the cache of keys and values, without state, so that checkpointing may call it twice.
+    """A layer of the cache of keys and values. It has no state, so that checkpointing may call it twice.
     Encoding keeps what it is given, (n, kv_heads, P - 1, head_dim). Scoring joins the prompts' and the new
     ones; group: (K,), which of the n prompts a row belongs to."""
     def __init__(self, keys=None, values=None, group=None):
@@ -673,24 +599,11 @@ class PromptLayer(DynamicLayer):
 
     def update(self, keys, values, *args, **kwargs):
         if self.group is not None:
-            return torch.cat([self.keys[self.group], keys], 2), torch.cat([self.values[self.group], values], 2)
+            return tuple(torch.cat([prompts[self.group], new], 2)
+                         for prompts, new in ((self.keys, keys), (self.values, values)))
         if self.keys is None:
             self.keys, self.values = keys, values
         return keys, values
-
-
-class DecodeLayer(DynamicLayer):
-    """A layer of the decoder's cache, with room for more tokens. They are written in place, because joining
-    would copy the whole cache at every token. All layers share `place`, (1,): where the next ones go."""
-    def __init__(self, keys, values, room, place):
-        super().__init__()
-        self.keys, self.values = (nn.functional.pad(x, (0, 0, 0, room)) for x in (keys, values))
-        self.place = place
-
-    def update(self, keys, values, *args, **kwargs):
-        self.keys.index_copy_(2, self.place, keys)
-        self.values.index_copy_(2, self.place, values)
-        return self.keys, self.values
 
 
 class Decoder:
@@ -702,31 +615,34 @@ class Decoder:
     GPU the step is recorded once and replayed: launching its thousand kernels takes longer than they run.
     """
     def __init__(self, model, passes, num_generations, room):
-        encoded = [encode(model, prompts) for prompts in passes]
+        encoded, self.model, self.graph = [encode(model, prompts) for prompts in passes], model, None
         longest = max(prompt_kv[0].shape[2] for prompt_kv in encoded)                             # P - 1
         room += 8 - (longest + room) % 8  # a GPU copies a mask at each use, if its rows are no multiple of 8
         repeat = lambda parts: torch.cat(parts).repeat_interleave(num_generations, 0)
         pad = lambda x: nn.functional.pad(x, (0, 0, 0, longest - x.shape[2]))
-        self.model, self.place, self.graph = model, torch.tensor([longest], device=model.device), None
-        kv = (repeat([pad(x) for x in parts]) for parts in zip(*encoded))  # each (N, kv_heads, P - 1, head_dim)
-        self.layers = [DecodeLayer(keys, values, room, self.place) for keys, values in zip(kv, kv)]
+        kv = (repeat([pad(x) for x in parts]) for parts in zip(*encoded))      # (N, kv_heads, P - 1, head_dim)
+        self.layers = [StaticLayer(longest + room) for _ in encoded[0][::2]]
+        for layer in self.layers:
+            layer.update(next(kv), next(kv))
         lengths = repeat([prompts.lengths for prompts in passes])[:, None]                        # (N, 1)
+        self.tokens = repeat([p.input_ids.gather(1, p.lengths[:, None] - 1) for p in passes])     # (N, 1)
         self.positions = repeat([prompts.next_position for prompts in passes])[:, None] - 1       # (N, 1)
-        self.tokens = repeat([prompts.input_ids.gather(1, prompts.lengths[:, None] - 1) for prompts in passes])
+        self.place = torch.tensor([longest], device=model.device)  # where the next keys and values go
         places = torch.arange(longest + room, device=model.device)
-        seen = (places < lengths - 1) | (places == longest)                         # (N, longest + room)
-        mask = torch.zeros(seen.shape, dtype=model.dtype, device=model.device)
-        self.mask = mask.masked_fill_(~seen, torch.finfo(model.dtype).min)[:, None, None]   # (N, 1, 1, ...)
+        seen = (places < lengths - 1) | (places == longest)                              # (N, longest + room)
+        mask = torch.full(seen.shape, torch.finfo(model.dtype).min, dtype=model.dtype, device=model.device)
+        self.mask = mask.masked_fill_(seen, 0)[:, None, None]                      # (N, 1, 1, longest + room)
         self.rows = torch.arange(len(seen), device=model.device)                                  # (N,)
+        self.running = self.rows >= 0                                                             # (N,)
 
     def step(self):
         """-> (R, H) hidden states, after which the next token is to be drawn."""
         if self.model.device.type != "cuda":
             return self.forward()
         if self.graph is None:
-            # libraries set themselves up on first use, outside the recording; the replay will write over what
-            # this writes, at the same place
-            self.forward()
+            self.forward()  # libraries set themselves up on first use, outside the recording
+            for layer in self.layers:
+                layer.cumulative_length.copy_(self.place[0])  # the replay writes over what this has written
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may go on
                 self.hidden = self.forward()
@@ -738,37 +654,59 @@ class Decoder:
                                   past_key_values=Cache(layers=self.layers), attention_mask=self.mask)
         return output.last_hidden_state[:, -1]
 
-    def feed(self, tokens, running):
-        """tokens: (R, 1), which the next step takes in. running: (R,) bool. The other rows leave when they
-        are a tenth; on a GPU, half, as a graph must be recorded anew."""
+    def feed(self, tokens, ended):
+        """tokens: (R, 1), which the next step takes in. ended: (R,) bool. -> Is a row left? Those that have
+        ended leave when they are a tenth; on a GPU, half, as a graph must be recorded anew."""
         self.tokens.copy_(tokens)
-        for counter in (self.positions, self.place):
-            counter += 1
+        self.positions += 1
+        self.place += 1
         self.mask.index_fill_(3, self.place, 0)
-        if running.sum() <= (0.5 if self.graph else 0.9) * len(running):
-            self.rows, self.tokens, self.positions, self.mask = (
-                x[running] for x in (self.rows, self.tokens, self.positions, self.mask))
+        self.running &= ~ended
+        left = int(self.running.sum())
+        if 0 < left <= (0.5 if self.graph else 0.9) * len(self.rows):
+            keep, self.graph = self.running, None
+            self.rows, self.tokens, self.positions, self.mask, self.running = (
+                x[keep] for x in (self.rows, self.tokens, self.positions, self.mask, self.running))
             for layer in self.layers:
-                layer.keys, layer.values = layer.keys[running], layer.values[running]
-            self.graph = None
+                layer.keys, layer.values = layer.keys[keep], layer.values[keep]
+        return left > 0
 
 
 # ---- Supervised fine-tuning, and more rewards ------------------------------------------------------------
 
 def given_completions(run, cfg, batch):
     """SFT: the data's completions, or else its answers, stand where the samples would -> Rollout."""
-    ids, eos = [], run.sampler.eos_ids[0]
-    prompts = [text for part in batch.passes for text in part.texts]
-    for row, prompt in zip(batch.rows, prompts):
-        text = row.get("completion") or row["answer"]
+    texts, eos = [row.get("completion") or row["answer"] for row in batch.rows], run.tokenizer.eos_token
+    for i, prompt in enumerate(batch.texts):
         if prefill := re.search(r"<think>(\s*)$", prompt):
-            text = text.removeprefix("<think>").removeprefix(prefill[1])
-        ids.append(torch.tensor(run.tokenizer(text).input_ids + [eos])[:cfg.max_completion_length])
-    lengths = torch.tensor([len(x) for x in ids])
-    ids = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=eos)                     # (N, C)
-    mask = torch.arange(ids.shape[1]) < lengths[:, None]
-    finished = ids[torch.arange(len(ids)), lengths - 1] == eos
-    return Rollout(*(x.to(run.sampler.device) for x in (ids, mask, torch.zeros(ids.shape), finished)))
+            texts[i] = texts[i].removeprefix("<think>").removeprefix(prefill[1])
+    given = run.tokenizer([text + eos for text in texts], padding=True, padding_side="right", truncation=True,
+                          max_length=cfg.max_completion_length, return_tensors="pt").to(run.sampler.device)
+    ids, mask = given.input_ids, given.attention_mask.bool()                                      # (N, C)
+    finished = ids.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0] == run.tokenizer.eos_token_id   # (N,)
+    return Rollout(ids, mask, torch.zeros(ids.shape, device=ids.device), finished)
+
+
+SIGNS = {"°": r"^\circ ", "π": r"\pi ", "√": r"\sqrt ", "−": "-", "×": r"\times ", "²": "^2", "$": ""}
+
+
+def math_reward(completion, answer, **_):
+    """1 if the answer equals the solution as mathematics, else 0, by the library math-verify and within its
+    time limits. Read is the last answer block, else the whole text. A block of several numbers is no answer."""
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        fail("the reward math needs the library math-verify: pip install math-verify")
+
+    def read(text, in_block=True):
+        for sign, latex in SIGNS.items():
+            text = text.replace(sign, latex)
+        text = re.sub(r"^\s*final answer\s*:|(?<=\d),(?=\d{3}\b)", "", text, flags=re.IGNORECASE)
+        several = in_block and len(set(re.findall(r"\d+\.?\d*", text))) > 1
+        return parse(f"${text.strip().removesuffix('.')}$") + ([] if several else parse(text))
+
+    blocks = ANSWER_BLOCK.findall(completion)
+    return float(verify(read(answer), read(blocks[-1]) if blocks else read(completion, in_block=False)))
 
 
 def hard_reward(completion, options, **row):
@@ -783,8 +721,9 @@ def length_reward(completion, num_tokens, **_):
 
 
 # name -> function(completion, num_tokens, template, **columns of the data row) -> float. The completion begins
-# with the <think> that the base prompt ends in; an instruct model has to write it itself. README.md adds one
-REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "hard": hard_reward, "length": length_reward}
+# with the <think> that the base prompt ends in; an instruct model writes it itself. README.md adds a reward
+REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "hard": hard_reward, "length": length_reward,
+           "math": math_reward}
 
 
 # ---- Models ----------------------------------------------------------------------------------------------
@@ -792,28 +731,21 @@ REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "hard": hard_re
 FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
 
 
-def first_line(error):
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def load_processors(path, max_pixels=None):
     """-> tokenizer, image processor. The image processor is PIL's: the same pixels everywhere, and no
     torchvision. max_pixels: larger images are shrunk to it; None: as the model's own files say."""
+    limits = {"max_pixels": max_pixels} if max_pixels else {}
     try:
-        limits = {"max_pixels": max_pixels} if max_pixels else {}
         return AutoTokenizer.from_pretrained(path), Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
     except (OSError, ValueError) as error:
-        fail(f"cannot load tokenizer and image processor from {path}: {first_line(error)}")
+        fail(f"no tokenizer and image processor in {path}: {str(error).strip().splitlines()[0]}")
 
 
 def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32):
-    """Folder or hub id -> a model of one of the FAMILIES, without dropout. float32 is asked for because the
-    published files would load as bf16, in which updates as small as 1e-6 are rounded away.
-
-    Two attributes come with it. suppressed, (V,) bool: vision tokens, which would crash the next forward, and
-    vocabulary rows without a token. eos_ids: what ends a completion, the tokenizer's end token first, then
-    those of Qwen's two that it knows.
-    """
+    """Folder or hub id -> a model of one of the FAMILIES, without dropout. float32, because in bf16 updates as
+    small as 1e-6 would be rounded away. Two attributes come with it. suppressed, (V,) bool: vision tokens,
+    which would crash the next forward, and vocabulary rows without a token. eos_ids: what ends a completion,
+    the tokenizer's end token first."""
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind not in FAMILIES:
@@ -821,24 +753,23 @@ def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32)
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True)
     except (OSError, ImportError, ValueError, SafetensorError) as error:
-        fail(f"cannot load a model from {path}: {first_line(error)}")
+        fail(f"cannot load a model from {path}: {str(error).strip().splitlines()[0]}")
     if report["missing_keys"]:
         fail(f"{path} is not a whole model: its files lack {sorted(report['missing_keys'])[0]}")
     suppressed = torch.arange(model.lm_head.out_features) >= len(tokenizer)                       # (V,)
-    vision = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
+    vision = [f"<|{name}|>" for name in "vision_start vision_end vision_pad image_pad video_pad".split()]
     suppressed[tokenizer.convert_tokens_to_ids(vision)] = True
     model.register_buffer("suppressed", suppressed, persistent=False)
-    qwen = [token for token in ("<|endoftext|>", "<|im_end|>") if token in tokenizer.get_vocab()]
-    model.eos_ids = list(dict.fromkeys([tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(qwen)]))
+    ends = [tokenizer.eos_token, *(x for x in ("<|endoftext|>", "<|im_end|>") if x in tokenizer.get_vocab())]
+    model.eos_ids = tokenizer.convert_tokens_to_ids(list(dict.fromkeys(ends)))
     return fast_vision(model).eval()
 
 
 def fast_vision(model):
     """Make two parts of the image tower faster, with the same weights. Returns the model."""
     def embed_patches(self, pixels):
-        """The kernel and stride of this convolution are the patch, so it is a matrix product. Conv3d's
-        backward is slow."""
-        weight = self.proj.weight.flatten(1)                                        # (dim, numbers of a patch)
+        """A matrix product: kernel and stride of this convolution are the patch. Conv3d's backward is slow."""
+        weight = self.proj.weight.flatten(1)                                       # (dim, numbers of a patch)
         return nn.functional.linear(pixels.to(weight.dtype), weight, self.proj.bias)          # (patches, dim)
 
     def attend(self, hidden, cu_seqlens, position_embeddings, **_):
@@ -848,15 +779,14 @@ def fast_vision(model):
         lengths, output = cu_seqlens.diff(), torch.empty_like(q)
         for length in lengths.unique().tolist():
             index = cu_seqlens[:-1][lengths == length, None] + torch.arange(length, device=q.device)
-            q_k_v = (x[index].transpose(1, 2) for x in (q, k, qkv[:, 2]))     # each (windows, heads, length, dim)
-            output[index] = nn.functional.scaled_dot_product_attention(*q_k_v).transpose(1, 2)
+            parts = (x[index].transpose(1, 2) for x in (q, k, qkv[:, 2]))     # (windows, heads, length, dim)
+            output[index] = nn.functional.scaled_dot_product_attention(*parts).transpose(1, 2)
         return self.proj(output.flatten(1))                                                   # (patches, dim)
 
     visual = model.model.visual  # methods, not functions: a deepcopy of the model will use its own weights
     visual.patch_embed.forward = MethodType(embed_patches, visual.patch_embed)
-    if visual.config._attn_implementation == "sdpa":
-        for block in visual.blocks:
-            block.attn.forward = MethodType(attend, block.attn)
+    for block in visual.blocks if visual.config._attn_implementation == "sdpa" else []:
+        block.attn.forward = MethodType(attend, block.attn)
     return model
 
 
@@ -868,13 +798,11 @@ def set_threads(model):
 
 
 def choose_prompt(tokenizer, prompt="auto"):
-    """-> name of a template. auto: instruct if the chat template tells user from assistant, else base. (The
-    template that is saved with base models renders both alike: eval_cvbench.SERVED_PROMPT.)"""
-    turns = [[{"role": role, "content": "?"}] for role in ("user", "assistant")]
-    has_roles = tokenizer.chat_template is not None and len(
-        {tokenizer.apply_chat_template(turn, tokenize=False) for turn in turns}) == 2
+    """-> name of a template. auto: instruct if the chat template knows roles, else base. (The template that is
+    saved with base models knows none: eval_cvbench.SERVED_PROMPT.)"""
+    has_roles = "role" in (tokenizer.chat_template or "")
     if prompt.startswith("instruct") and not has_roles:
-        fail(f"--prompt {prompt}: the model's chat template does not tell user from assistant. Leave it out.")
+        fail(f"--prompt {prompt}: the model has no chat template with roles. Leave it out.")
     return prompt if prompt != "auto" else "instruct" if has_roles else "base"
 
 
@@ -890,80 +818,67 @@ class Policy(nn.Module):
             return function(self.model, *arguments)
 
 
-def build_models(cfg, start, accelerator, tokenizer):
-    """Folder or hub id `start` -> policy, sampler, reference (or None), optimizer.
+def build_models(cfg, start, device, tokenizer):
+    """Folder or hub id `start` -> policy (on the CPU with cpu_offload), sampler, reference (or None).
 
-    Up to three copies of the weights: the policy's in float32, because in bf16 an update of 1e-6 would be
-    rounded away; plain ones for sampler and reference, in bf16 on a GPU. Alone on a CPU, the policy samples.
+    The policy's weights are float32. Sampler and reference have plain copies, in bf16 on a GPU. Alone on a CPU,
+    the policy itself samples.
     """
-    device, bf16, sharded = accelerator.device, accelerator.mixed_precision == "bf16", is_sharded()
+    on_gpu, sharded = device.type == "cuda", torch.distributed.is_initialized()
     model = load_model(start, tokenizer, cfg.attn_implementation).to("cpu" if cfg.cpu_offload else device)
     set_threads(model)
     towers = dict(vision=[model.model.visual], llm=[model.model.language_model, model.lm_head])
     for tower in towers.get(cfg.freeze, []):
         tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
-    plain = lambda path, attention: load_model(
-        path, tokenizer, attention, torch.bfloat16 if bf16 else torch.float32).to(device).requires_grad_(False)
-    sampler = plain(start, "sdpa") if sharded or bf16 else model  # its masks are not for flash attention
-    reference = Policy(plain(cfg.model_name_or_path, cfg.attn_implementation)) if cfg.beta > 0 else None
+    plain = lambda *path: load_model(*path, dtype=torch.bfloat16 if on_gpu else torch.float32).to(device)
+    sampler = plain(start, tokenizer) if sharded or on_gpu else model  # sdpa: its masks are not for flash
+    reference = None
+    if cfg.beta > 0:
+        reference = Policy(plain(cfg.model_name_or_path, tokenizer, cfg.attn_implementation))
     if cfg.algorithm == "sft":
         model.suppressed.zero_()  # plain cross-entropy, over all the vocabulary
-    if cfg.gradient_checkpointing:  # transformers' own switch turns the cache off
+    if cfg.gradient_checkpointing:  # by hand: transformers' own switch turns the cache off
         for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
-    policy = Policy(model, autocast=bf16 and not sharded)
-    trained = [weight for weight in policy.parameters() if weight.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=0.0)
-    if sharded:
-        policy, optimizer = shard(policy, optimizer, accelerator, cfg)
-    return policy, sampler, reference, optimizer
+    return Policy(model, autocast=on_gpu and not sharded), sampler, reference
 
 
 # ---- One process or many ---------------------------------------------------------------------------------
 
 # One process is plain. Several, or one with --cpu_offload, are sharded by FSDP2 (fully sharded data parallel).
 
-# cuDNN's attention, torch's first choice on an H100, prepares anew for each new shape, and its gradients can
-# be nan where there is a mask (pytorch issue 196678); the others, flash and memory-efficient, do neither
+# cuDNN's attention prepares anew for each new shape, and its gradients can be nan behind a mask (pytorch issue
+# 196678). flash and memory-efficient attention do neither
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
-def is_sharded():
-    return torch.distributed.is_initialized()
-
-
 def make_accelerator(cfg):
-    """-> Accelerator. A process group is there if and only if weights will be sharded."""
+    """-> Accelerator. There is a process group if and only if weights will be sharded."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        fail("ACCELERATE_USE_DEEPSPEED is set, but this program shards by FSDP2. Unset it, or start by python.")
+        fail("ACCELERATE_USE_DEEPSPEED is set. This program shards by FSDP2: unset it, or start by python.")
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if (cfg.cpu_offload or not alone) and not is_sharded():
-        # gloo, too, on GPUs: what is offloaded is clipped on the CPU. A store in memory needs no port
+    if (cfg.cpu_offload or not alone) and not torch.distributed.is_initialized():
+        # gloo on GPUs too: offloaded gradients are clipped on the CPU. A store in memory needs no port
         where = dict(store=torch.distributed.HashStore(), rank=0, world_size=1) if alone else {}
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
                                              timeout=timedelta(hours=2), **where)
-    try:
-        accelerator = Accelerator(log_with=cfg.log_with, mixed_precision="bf16" if on_gpu else "no",
-                                  cpu=not on_gpu)  # and not a Mac's "mps"
-    except ValueError as error:
-        fail(f"--log_with {cfg.log_with}: {error}")
+    accelerator = Accelerator(mixed_precision="bf16" if on_gpu else "no", cpu=not on_gpu)  # not a Mac's "mps"
     if cfg.prompts_per_step % accelerator.num_processes:
-        fail(f"--prompts_per_step {cfg.prompts_per_step} cannot be shared by {accelerator.num_processes} "
-             "processes. Choose a multiple of them.")
+        fail(f"--prompts_per_step {cfg.prompts_per_step}: must be a multiple of {accelerator.num_processes} "
+             "processes")
     return accelerator
 
 
-def shard(policy, optimizer, accelerator, cfg):
-    """Shard float32 weights, gradients and optimizer state over the processes; compute in bf16 on GPUs and
-    add gradients up in float32. (accelerate's own "bf16" would add them up in bf16.)"""
+def shard(run, cfg):
+    """Shard float32 weights, gradients and optimizer state over the processes. Compute in bf16 on GPUs and add
+    gradients up in float32. (accelerate's own "bf16" would add them up in bf16.)"""
+    state, on_gpu = run.accelerator.state, run.accelerator.device.type == "cuda"
     bf16 = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    on_gpu = accelerator.device.type == "cuda"
-    # set here and not by an argument, which accelerate heeds on GPUs only: a CPU would get DDP
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+    state.distributed_type = DistributedType.FSDP  # by hand: accelerate's argument would give a CPU DDP
+    state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
-        transformer_cls_names_to_wrap=sorted(policy.model._no_split_modules),
+        transformer_cls_names_to_wrap=sorted(run.policy.model._no_split_modules),
         mixed_precision_policy=MixedPrecisionPolicy(**bf16 if on_gpu else {}),
         cpu_offload=CPUOffloadPolicy(pin_memory=on_gpu) if cfg.cpu_offload else False)
 
@@ -974,20 +889,9 @@ def shard(policy, optimizer, accelerator, cfg):
         if isinstance(last, PromptLayer) and last.group is None:
             last.values = last.values + 0 * output.last_hidden_state[0, 0, 0]
 
-    policy.model.model.language_model.register_forward_hook(lead_on)
-    policy, optimizer = accelerator.prepare(policy, optimizer)
-    if not all(isinstance(weight, DTensor) for weight in policy.parameters()):
-        fail("the weights are not sharded. Install the accelerate of requirements.txt.")
-    return policy, optimizer.optimizer  # itself, which torch.distributed.checkpoint knows
-
-
-def largest(number):
-    """The largest of all processes' numbers."""
-    return max(gather_object([number]))
-
-
-def whole(x):
-    return x.full_tensor() if isinstance(x, DTensor) else x
+    run.policy.model.model.language_model.register_forward_hook(lead_on)
+    run.policy, optimizer = run.accelerator.prepare(run.policy, run.optimizer)
+    run.optimizer = optimizer.optimizer  # itself, which torch.distributed.checkpoint knows
 
 
 def own_weights(run, rollout, cfg):
@@ -998,9 +902,8 @@ def own_weights(run, rollout, cfg):
     return n * weights.chunk(n)[run.accelerator.process_index].float()                            # (N,)
 
 
-def clip_gradient(run, max_grad_norm):
-    """Scale a longer gradient down to max_grad_norm (0: never) -> its norm before."""
-    return float(whole(run.accelerator.clip_grad_norm_(run.policy.parameters(), max_grad_norm or math.inf)))
+def whole(x):
+    return x.full_tensor() if isinstance(x, DTensor) else x
 
 
 @torch.no_grad()
@@ -1011,59 +914,18 @@ def refresh(sampler, policy):
             copy.copy_(whole(weight.to(copy.device)))
 
 
-# ---- What a step logs ------------------------------------------------------------------------------------
-
-class Timer:
-    """Seconds of each phase of a step. It waits for a GPU, so that each phase is charged with its own work."""
-    def __init__(self):
-        self.seconds, self.last = {}, self.now()
-
-    def now(self):
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def lap(self, phase):
-        now = self.now()
-        self.seconds[f"seconds/{phase}"], self.last = now - self.last, now
-
-
-def summarise(cfg, step, batch, rollout, rewards, advantages, sums, seconds):
-    """-> the step's metrics, and its completions as records, both over all processes."""
-    G, lengths, prompts = cfg.num_generations, rollout.lengths.tolist(), [t for p in batch.passes for t in p.texts]
-    samples = gather_object([
-        {"step": step + 1, "row": batch.numbers[i // G], "prompt": prompts[i // G], "completion": text,
-         "answer": batch.rows[i // G]["answer"], "length": lengths[i], "finished": bool(rollout.finished[i]),
-         **{f"rewards/{name}": values[i].item() for name, values in rewards.items()},
-         "reward": sum(values[i].item() for values in rewards.values()), "advantage": advantages[i].item()}
-        for i, text in enumerate(rollout.texts)])
-    sums = gather_object([sums])
-    average = lambda name: statistics.mean(sample[name] for sample in samples)
-    total = lambda name: sum(part[name] for part in sums)
-    reward, tokens = [sample["reward"] for sample in samples], sum(sample["length"] for sample in samples)
-    groups = [reward[i:i + G] for i in range(0, len(reward), G)]
-    metrics = {
-        "step": step + 1, "loss": total("loss") / len(sums), "reward": average("reward"),
-        "reward_std": statistics.mean(statistics.stdev(group) if G > 1 else 0.0 for group in groups),
-        **{name: average(name) for name in samples[0] if name.startswith("rewards/")},
-        "completions/mean_length": tokens / len(samples),
-        "completions/clipped_ratio": 1 - average("finished"),
-        "frac_reward_zero_std": statistics.mean(max(group) == min(group) for group in groups),
-        "kl": total("kl") / tokens, "entropy": total("entropy") / tokens,
-        "clip_ratio": total("clip") / tokens, "grad_norm": sums[0]["grad_norm"],
-        "learning_rate": learning_rate(cfg, step)}
-    if cfg.algorithm == "sft":
-        metrics["nll"] = total("nll") / tokens
-    else:
-        metrics["sampler_mismatch"] = max(part["mismatch"] for part in sums)
-    return metrics | seconds, samples
-
-
-# ---- Small things ----------------------------------------------------------------------------------------
+# ---- Small things, and the files of a run ----------------------------------------------------------------
 
 def fail(message):
     """Stop with one sentence (exit code 1) where a traceback would tell the user nothing more."""
     raise SystemExit(f"error: {message}")
+
+
+def now():
+    """Seconds, when a GPU has done all that it was given, so that each phase is charged with its own work."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def seeded(*key):
@@ -1072,49 +934,9 @@ def seeded(*key):
     return random.Random("/".join(map(str, key)))
 
 
-def draw(numbers, seed, first, count):
-    """Entries first .. first + count - 1 of an endless walk over row numbers, shuffled anew in each epoch.
-    Entry i depends only on i, so a resumed run needs no saved state."""
-    n, last = len(numbers), first + count - 1
-    epochs = range(first // n, last // n + 1)
-    walks = {epoch: seeded(seed, "epoch", epoch).sample(numbers, n) for epoch in epochs}
-    return [walks[i // n][i % n] for i in range(first, last + 1)]
-
-
-def learning_rate(cfg, step):
-    """linear: falls from cfg.learning_rate to 0 at max_steps."""
-    return cfg.learning_rate * (1 - step / cfg.max_steps if cfg.lr_scheduler_type == "linear" else 1)
-
-
-def upright(picture):
-    """PIL image -> RGB as a viewer shows it: turned as its EXIF tag says, white where it is transparent. Of
-    grey values deeper than 8 bits the darkest is black, the lightest white."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith(("I", "F")):
-        picture = picture.convert("F")
-        low, high = picture.getextrema()
-        scale = 255 / max(high - low, 1e-9)
-        picture = picture.point(lambda value: value * scale - low * scale)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def open_image(image, where, decode=True):
-    """{"bytes", "path"} -> RGB image, or stop and name its row. decode=False reads only the header."""
-    try:
-        picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
-        return upright(picture) if decode else picture
-    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error ...
-        fail(f"{where}: its image cannot be read ({error}). Remove the row.")
-
-
-# ---- The files of a run ----------------------------------------------------------------------------------
-
 def checkpoints(output_dir):
-    """-> its complete checkpoint-N folders, oldest first; `save_model` gives them the name when they are."""
-    found = [path for path in output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    """-> its complete checkpoint-N folders, oldest first; `save` gives them the name when they are."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(found, key=steps_of)
 
 
@@ -1123,90 +945,73 @@ def steps_of(checkpoint):
     return int(Path(checkpoint).name[11:])
 
 
-def write_model(folder, run, with_state):
-    """A plain model directory, and in state/ what resuming needs beside it. All processes take part."""
-    is_main, model = run.accelerator.is_main_process, run.policy.model
-    if is_main:
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-    run.accelerator.wait_for_everyone()
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(run.policy, options=options)  # whole, on the main process
-    if is_main:
-        weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
-        if model.config.tie_word_embeddings:
-            del weights["lm_head.weight"]  # the same as the embedding, which is saved once
-        model.save_pretrained(folder, state_dict=weights)
-        run.tokenizer.save_pretrained(folder)
-        run.image_processor.save_pretrained(folder)
-    if with_state:
-        state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
-        distributed_checkpoint.save(state, checkpoint_id=folder / "state")
-
-
-def save_model(folder, run, with_state=False):
-    """`write_model`, whole or not at all: the folder gets its name only when it is complete."""
-    temporary = folder.with_name(folder.name + ".tmp")
+def save(folder, run, with_state=False):
+    """Write a plain model directory, and in state/ what resuming needs beside it. The folder gets its name only
+    when it is complete. All processes take part."""
+    temporary, is_main, model = folder.with_name(folder.name + ".tmp"), run.accelerator.is_main_process, \
+        run.policy.model
+    weights = run.accelerator.get_state_dict(run.policy)  # whole, on the main process
     try:
-        write_model(temporary, run, with_state)
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while it saved
+            weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
+            if model.config.tie_word_embeddings:
+                del weights["lm_head.weight"]  # the same as the embedding, which is saved once
+            model.save_pretrained(temporary, state_dict=weights)
+            run.tokenizer.save_pretrained(temporary)
+            run.image_processor.save_pretrained(temporary)
+        run.accelerator.wait_for_everyone()
+        if with_state:
+            state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
+            distributed_checkpoint.save(state, checkpoint_id=temporary / "state")
     # what a full disk raises in python, torch, safetensors and torch's checkpoints
     except (OSError, RuntimeError, SafetensorError, distributed_checkpoint.api.CheckpointException) as error:
         free = shutil.disk_usage(run.output_dir).free / 2**20  # torch's own reason can be a riddle
         shutil.rmtree(temporary, ignore_errors=True)
-        last = (checkpoints(run.output_dir) or ["no checkpoint yet"])[-1]
-        reason = f"{str(error).strip().splitlines()[-1]}; {free:.0f} MiB free on the disk"
-        fail(f"{folder} could not be saved ({reason}). What was there before is whole ({last}). Make room, "
-             f"then go on with --resume --output_dir {run.output_dir}")
+        fail(f"{folder} could not be saved ({str(error).strip().splitlines()[-1]}; {free:.0f} MiB free on the "
+             f"disk). Earlier checkpoints are whole. Make room, then --resume --output_dir {run.output_dir}")
     run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
+    if is_main:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-
-
-def save_checkpoint(run, step):
-    save_model(run.output_dir / f"checkpoint-{step}", run, with_state=True)
-    if run.cfg.save_total_limit and run.accelerator.is_main_process:
-        for old in checkpoints(run.output_dir)[:-run.cfg.save_total_limit]:
+        for old in checkpoints(run.output_dir)[:-run.cfg.save_total_limit] if run.cfg.save_total_limit else []:
             shutil.rmtree(old)
 
 
 def load_optimizer(folder, run):
     """state/ of a checkpoint -> the optimizer, however many processes saved it."""
+    if not (folder / "state").exists():
+        fail(f"--resume: {folder} has no state/, so training cannot go on from it. Remove it.")
     state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
     distributed_checkpoint.load(state, checkpoint_id=folder / "state")
     set_optimizer_state_dict(run.policy, run.optimizer, state["optimizer"])
 
 
+def is_used(folder):
+    """Is there more in it than the lock of a run that was killed before it began?"""
+    return folder.exists() and any(path.name != ".lock" for path in folder.iterdir())
+
+
 def claim(cfg):
     """-> the run's folder, and a lock on it that is held as long as this process lives. Without --resume the
-    folder is new: of two runs that start at once, each gets its own."""
-    folder, n = Path(cfg.output_dir or RUNS / cfg.preset), 1
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            break
-        except FileExistsError:
-            if cfg.resume or cfg.output_dir and not has_files(folder):
-                break
-            if cfg.output_dir:
-                fail(f"--output_dir {folder} is not empty. Choose a new folder, or go on with a run by --resume.")
-            folder, n = RUNS / f"{cfg.preset}-{n + 1}", n + 1
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        fail(f"{folder} is in use by another process. Wait for it, or choose another --output_dir.")
-    return folder, lock
-
-
-def has_files(folder):
-    """Is there more in it than the lock of a run that was killed before it began?"""
-    return any(path.name != ".lock" for path in folder.iterdir())
+    folder was empty before: of two runs that start at once, each gets its own."""
+    for n in itertools.count(1):
+        folder = Path(cfg.output_dir or RUNS / (cfg.preset if n == 1 else f"{cfg.preset}-{n}"))
+        lock = FileLock(folder / ".lock", blocking=False)
+        with suppress(Timeout):
+            if cfg.resume or not is_used(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire()
+            if lock.is_locked and (cfg.resume or not is_used(folder)):
+                return folder, lock
+        lock.release()
+        if cfg.output_dir:
+            fail(f"--output_dir {folder} is not empty or in use. Choose a new one, or go on with it by --resume.")
 
 
 def fingerprint(path):
     """Digests of a file's bytes, or of a model folder's weights -> list. A hub id stands for itself."""
-    files = [path for path in sorted(Path(path).glob("*.safetensors")) or [Path(path)] if path.is_file()]
+    files = [file for file in sorted(Path(path).glob("*.safetensors")) or [Path(path)] if file.is_file()]
     return [hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files] or [str(path)]
 
 
@@ -1222,12 +1027,12 @@ def setting(default, help):
 
 @dataclass
 class Config:
-    """Every setting of a run. Precedence: these defaults < --preset < the run to --resume < command line.
-    The defaults are the paper's recipe."""
+    """Every setting of a run. Precedence: these defaults, which are the paper's recipe < --preset < the run to
+    --resume < command line."""
     # what to train, on what
     preset: str = setting("toy", "toy (offline, on a CPU), sat (the paper), sat-sft or vision-r1")
     model_name_or_path: str = setting("Qwen/Qwen2-VL-2B", "model to start from: a folder or a hub id")
-    data: str = setting(str(HERE / "data/sat"), "Parquet file from prepare_sat.py, or folder with train.parquet")
+    data: str = setting(f"{HERE}/data/sat", "Parquet file from prepare_sat.py, or folder with train.parquet")
     output_dir: Optional[str] = setting(None, "folder of the run; default: runs/PRESET, or runs/PRESET-2 ...")
     resume: bool = setting(False, "go on from output_dir's last checkpoint, with its settings")
     seed: int = setting(0, "seed of data order and sampling")
@@ -1257,8 +1062,8 @@ class Config:
     lr_scheduler_type: Literal["linear", "constant"] = setting("linear", "linear: falls to 0 at max_steps")
     max_grad_norm: float = setting(1.0, "a longer gradient is scaled down to this norm; 0: never")
     # memory
-    encode_tokens: int = setting(8192, "prompt tokens encoded at a time, or one prompt that is longer")
-    score_tokens: int = setting(16384, "completion tokens scored at a time, or one completion that is longer")
+    encode_tokens: int = setting(8192, "prompt tokens encoded at a time, or one prompt")
+    score_tokens: int = setting(16384, "completion tokens scored at a time, or one completion")
     gradient_checkpointing: bool = setting(True, "compute layers again in the backward instead of keeping them")
     cpu_offload: bool = setting(False, "float32 weights, gradients and optimizer state in CPU memory")
     attn_implementation: str = setting("sdpa", "for scoring: sdpa, eager, or flash_attention_2 if installed")
@@ -1268,21 +1073,20 @@ class Config:
     eval_steps: int = setting(100, "steps between evaluations while training; 0: none")
     eval_data: str = setting("nyu-visionx/CV-Bench", "comma-separated sets, as eval_cvbench.py takes them")
     eval_limit: int = setting(128, "questions of each set, the same ones every time")
-    log_with: Optional[str] = setting(None, "an accelerate tracker besides metrics.jsonl: tensorboard, ...")
 
 
 PRESETS = {
-    "toy": dict(model_name_or_path=str(TOY / "base"), data=str(TOY), max_pixels=None, prompts_per_step=16,
-                max_completion_length=64, max_steps=100, learning_rate=2e-4, beta=0.01, score_tokens=2048,
-                gradient_checkpointing=False, save_steps=50, eval_steps=10,
-                eval_data=f"{TOY / 'cvbench'},{TOY / 'test.parquet'}"),
+    "toy": dict(model_name_or_path=f"{TOY}/base", data=f"{TOY}", eval_data=f"{TOY}/cvbench,{TOY}/test.parquet",
+                max_prompt_length=256, max_pixels=None, prompts_per_step=16, max_completion_length=64,
+                max_steps=100, learning_rate=2e-4, beta=0.01, score_tokens=2048, gradient_checkpointing=False,
+                save_steps=50, eval_steps=10),
     "sat": {},
     # the paper's baseline: the same questions, answered without reasoning; 3750 x 8 is twice 15,000 rows
     "sat-sft": dict(algorithm="sft", learning_rate=2e-5, max_steps=3750, loss_type="dapo"),
-    # stage 1 of Vision-R1 (arXiv 2503.06749), after its cold start; README.md has both stages
-    "vision-r1": dict(model_name_or_path="Qwen/Qwen2.5-VL-7B-Instruct", data=str(HERE / "data/own"),
-                      rewards="hard", beta=0.01, lr_scheduler_type="constant", max_steps=100,
-                      max_completion_length=4096, num_generations=16),
+    # stage 1 of Vision-R1 (arXiv 2503.06749), after its cold start; README.md has all of it
+    "vision-r1": dict(model_name_or_path="Qwen/Qwen2.5-VL-7B-Instruct", data=f"{HERE}/data/own", rewards="hard",
+                      beta=0.01, lr_scheduler_type="constant", max_steps=100, max_completion_length=4096,
+                      num_generations=16),
 }
 # setting -> its least value. A comparison with nan is false
 LEAST = dict(prompts_per_step=1, num_generations=1, max_completion_length=1, max_prompt_length=1, max_steps=1,
@@ -1291,7 +1095,7 @@ LEAST = dict(prompts_per_step=1, num_generations=1, max_completion_length=1, max
              learning_rate=0)
 # settings of earlier versions -> the values at which a run can go on without them
 REMOVED = dict(overwrite=[False, True], stages=[None], reward_file=[None], min_pixels=[None, 3136],
-               weight_decay=[0.0])
+               weight_decay=[0.0], log_with=[None])
 
 
 def parse_config(argv=None):
@@ -1299,7 +1103,8 @@ def parse_config(argv=None):
     parser = HfArgumentParser(Config, allow_abbrev=False, description=__doc__.splitlines()[0])
     argv = sys.argv[1:] if argv is None else argv
     given, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
-    saved = saved_settings(Path(given.output_dir or RUNS / given.preset).expanduser()) if given.resume else {}
+    folder = Path(given.output_dir or RUNS / given.preset).expanduser().absolute()
+    saved = saved_settings(folder) if given.resume else {}
     preset = saved.get("preset", given.preset)
     if preset not in PRESETS:
         fail(f"--preset {preset} is unknown. Choose one of: {', '.join(PRESETS)}.")
@@ -1307,46 +1112,42 @@ def parse_config(argv=None):
     cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         fail(f"unknown argument {unknown[0]}. `python grpo_vision.py --help` lists them all.")
+    if cfg.output_dir or cfg.resume:
+        cfg.output_dir = str(folder)
+    cfg.model_name_or_path, cfg.data = absolute(cfg.model_name_or_path), absolute(cfg.data)
+    cfg.eval_data = ",".join(map(absolute, cfg.eval_data.split(",")))
     cfg.rewards = cfg.rewards.replace(" ", "")
     if cfg.algorithm == "sft":  # one completion per prompt, rewarded for the log only; nothing to stay close to
         cfg.num_generations, cfg.beta, cfg.temperature = 1, 0.0, 1.0
-    # absolute paths, so that config.json means the same from every directory
-    cfg.output_dir = cfg.output_dir and str(Path(cfg.output_dir).expanduser().absolute())
-    cfg.model_name_or_path, cfg.data = absolute(cfg.model_name_or_path), absolute(cfg.data)
-    cfg.eval_data = ",".join(map(absolute, cfg.eval_data.split(",")))
     check_config(cfg)
     return cfg
 
 
 def absolute(path):
-    """An existing path in full; a hub id as it is. What looks like a path and does not exist stops here."""
-    full = Path(path.strip()).expanduser().absolute()
-    top = path.partition("/")[0]
+    """An existing path in full, so that config.json means the same from every directory; a hub id as it is.
+    What looks like a path and does not exist stops here."""
+    full, top = Path(path).expanduser().absolute(), path.partition("/")[0]
     if not full.exists() and (path.count("/") != 1 or top in ("", ".", "..", "~") or Path(top).exists()):
-        fail(f"{path} does not exist, and is no hub id, such as Qwen/Qwen2-VL-2B.")
+        fail(f"{path} does not exist, and is no hub id such as Qwen/Qwen2-VL-2B.")
     return str(full) if full.exists() else path
 
 
 def saved_settings(folder):
     """config.json of the run to resume -> its settings; {} if there is nothing yet."""
-    if not folder.exists() or not has_files(folder):
+    if not is_used(folder):
         print(f"--resume: nothing is in {folder} yet. The run begins from the start.")
         return {}
     try:
         saved = json.loads((folder / "config.json").read_text())
-        saved.pop("fingerprints", None)
-    except (OSError, ValueError, AttributeError):
+        saved["preset"]
+    except (OSError, ValueError, KeyError):
         fail(f"--resume: {folder} has no config.json of a run that can be read. Give the folder of a run.")
-    known = {setting.name for setting in fields(Config)}
-    if not saved.keys() & {"preset"}:
-        fail(f"--resume: {folder} is a model, not a run. Give the folder in which its checkpoints lie.")
-    for name in sorted(saved.keys() - known):
+    for name in sorted(saved.keys() - {setting.name for setting in fields(Config)}):
         value = saved.pop(name)
         if value not in REMOVED.get(name, []):
-            fail(f"{folder}/config.json has {name} = {value}, which this version cannot do. Continue the run "
-                 "with the version that began it.")
+            fail(f"{folder}/config.json: this version has no {name} {value}. Continue with the one that began.")
         print(f"{folder}/config.json: {name} is no longer a setting and is ignored.")
-    return saved | {"resume": True, "output_dir": str(folder)}
+    return saved
 
 
 def check_config(cfg):
@@ -1362,59 +1163,50 @@ def check_config(cfg):
             fail(f"--rewards {name} is unknown. Choose from: {', '.join(REWARDS)}.")
         if cfg.prompt.endswith("-direct") and name in ("format", "hard"):
             fail(f"--rewards {name}: --prompt {cfg.prompt} asks for no blocks. Say --rewards accuracy.")
-    if Path(cfg.model_name_or_path).exists() and not (Path(cfg.model_name_or_path) / "config.json").exists():
+    if Path(cfg.model_name_or_path).exists() and not Path(cfg.model_name_or_path, "config.json").exists():
         fail(f"--model_name_or_path {cfg.model_name_or_path} has no config.json. Give the folder of a model.")
 
 
 # ---- A run -----------------------------------------------------------------------------------------------
 
 def setup(cfg):
-    """-> all that a run works with, in one namespace (see its end), and the number of steps already done."""
+    """-> all that a run works with, in one namespace, and the number of steps already done."""
     import eval_cvbench
     import prepare_sat
-    accelerator = make_accelerator(cfg)
-    is_main, count = accelerator.is_main_process, accelerator.num_processes
-    folder, lock = claim(cfg) if is_main and cfg.resume else (None, None)
-    last = checkpoints(Path(cfg.output_dir or RUNS / cfg.preset))[-1:] if cfg.resume else []
+    run = SimpleNamespace(cfg=cfg, accelerator=make_accelerator(cfg))
+    is_main, count = run.accelerator.is_main_process, run.accelerator.num_processes
+    if is_main and cfg.resume:
+        run.output_dir, run.lock = claim(cfg)
+    last = checkpoints(cfg.output_dir)[-1:] if cfg.resume else []
     start, done = (last[0], steps_of(last[0])) if last else (cfg.model_name_or_path, 0)
     if done >= cfg.max_steps:
-        accelerator.print(f"{start.parent} has done {done} steps of {cfg.max_steps}. There is nothing to do; a "
-                          "larger --max_steps takes it further.")
-        return None, done
-    tokenizer, image_processor = load_processors(start, cfg.max_pixels)
-    template = choose_prompt(tokenizer, cfg.prompt)
-    if template == "base":
-        tokenizer.chat_template = eval_cvbench.SERVED_PROMPT  # for servers; the paper's code saves none
-    data_path, data = prepare_sat.load_rows(cfg.data)
-    prints = {"data": fingerprint(data_path), "model": fingerprint(cfg.model_name_or_path)}
-    for name, value in json.loads((start.parent / "config.json").read_text()).get("fingerprints", {}).items() if done else ():
-        if value != prints[name]:
-            fail(f"--resume: the run began with another {name}. Give the old one, or start a new run.")
-    if cfg.algorithm == "sft" and "completion" not in data.column_names:
-        template = template.removesuffix("-direct") + "-direct"  # nothing but the answer to learn
-    kept = prepare_sat.rows_that_fit(data, data_path, template, tokenizer, image_processor,
-                                     cfg.max_prompt_length, need_image=count > 1)  # all run the image tower
-    eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
-    policy, sampler, reference, optimizer = build_models(cfg, start, accelerator, tokenizer)
-    if is_main and not cfg.resume:
-        folder, lock = claim(cfg)
-    folder, = broadcast_object_list([folder])
-    run = SimpleNamespace(
-        cfg=cfg, accelerator=accelerator, output_dir=folder, lock=lock, tokenizer=tokenizer,
-        image_processor=image_processor, template=template, data=data, data_path=data_path, kept=kept,
-        policy=policy, sampler=sampler, reference=reference, optimizer=optimizer, eval_sets=eval_sets,
-        fingerprints=prints)
+        run.accelerator.print(f"{cfg.output_dir} has done {done} steps of {cfg.max_steps}. Nothing is left to do.")
+        sys.exit(0)
+    run.tokenizer, run.image_processor = load_processors(start, cfg.max_pixels)
+    run.template, run.data = choose_prompt(run.tokenizer, cfg.prompt), prepare_sat.TrainingData(cfg.data)
+    if run.template == "base":
+        run.tokenizer.chat_template = eval_cvbench.SERVED_PROMPT  # for servers; the paper's code saves none
+    if cfg.algorithm == "sft" and not run.data.has_completions:
+        run.template = run.template.removesuffix("-direct") + "-direct"  # nothing but the answer to learn
+    run.data.keep_fitting(run.template, run.tokenizer, run.image_processor, cfg.max_prompt_length, count > 1)
+    run.eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
+    run.policy, run.sampler, run.reference = build_models(cfg, start, run.accelerator.device, run.tokenizer)
+    trained = [weight for weight in run.policy.parameters() if weight.requires_grad]
+    run.optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=0.0)
+    if torch.distributed.is_initialized():
+        shard(run, cfg)
     if done:
         load_optimizer(start, run)
+    if is_main and not cfg.resume:
+        run.output_dir, run.lock = claim(cfg)
+    run.output_dir, = broadcast_object_list([run.output_dir if is_main else None])
     if is_main:
         eval_cvbench.open_logs(run, done)
-    accelerator.project_configuration.set_directories(str(folder))
-    accelerator.init_trackers("grpo_vision", config=asdict(cfg))
-    accelerator.print(
-        f"{folder}: {sampler.num_parameters() / 1e6:.1f}M parameters, {len(kept)} questions, prompt: {template}, "
-        f"steps {done + 1} to {cfg.max_steps}\n{count} x {accelerator.device.type}, "
-        f"{'FSDP2' if is_sharded() else 'no wrapper'}, weights float32, computing in "
-        f"{'bf16' if accelerator.mixed_precision == 'bf16' else 'float32'}, attention: {cfg.attn_implementation}")
+    wrapper = "sharded by FSDP2" if torch.distributed.is_initialized() else "no wrapper"
+    run.accelerator.print(
+        f"{run.output_dir}: {run.sampler.num_parameters() / 1e6:.1f}M parameters, {len(run.data.kept)} questions, "
+        f"prompt {run.template}, steps {done + 1} to {cfg.max_steps}\n{count} x {run.sampler.device.type}, "
+        f"{wrapper}, float32 weights, computing in {str(run.sampler.dtype)[6:]}, {cfg.attn_implementation}")
     return run, done
 
 
@@ -1425,8 +1217,6 @@ def main(argv=None):
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, and meant so
     cfg = parse_config(argv)
     run, done = setup(cfg)
-    if run is None:
-        return
     if cfg.eval_steps and not done:
         eval_cvbench.evaluate_policy(run, 0)
     stop_asked = []  # Ctrl-C and SIGTERM let the step end and save; a second one ends the program
@@ -1435,21 +1225,18 @@ def main(argv=None):
 
     for step in tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
                      disable=not run.accelerator.is_main_process):
-        metrics, samples = train_step(run, cfg, step)
-        eval_cvbench.log_step(run, metrics, samples)  # which ends the run, if the gradient is not finite
-        last = step + 1 == cfg.max_steps
-        stopping = largest(len(stop_asked))
+        came = train_step(run, cfg, step)
+        eval_cvbench.log_step(run, step + 1, came)  # which ends the run, if the gradient is not finite
+        last, stopping = step + 1 == cfg.max_steps, any(gather_object([bool(stop_asked)]))
         if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or last):
             eval_cvbench.evaluate_policy(run, step + 1)
         if (step + 1) % cfg.save_steps == 0 or last or stopping:
-            save_checkpoint(run, step + 1)
-            eval_cvbench.show(run)
+            save(run.output_dir / f"checkpoint-{step + 1}", run, with_state=True)
         if stopping and not last:
             run.accelerator.print(f"stopped after step {step + 1}, which is saved; go on as you started, "
                                   f"with --resume --output_dir {run.output_dir}")
-            return run.accelerator.end_training()
-    save_model(run.output_dir / "final", run)
-    run.accelerator.end_training()
+            return
+    save(run.output_dir / "final", run)
     eval_cvbench.report_run(run)
 
 

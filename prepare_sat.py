@@ -24,11 +24,13 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import Dataset, Features, Image, List, Value
+from datasets.table import InMemoryTable
+from PIL import Image as Picture, ImageOps
 from tqdm import tqdm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from grpo_vision import (HERE, accuracy_reward, expand_images, extract_answer, fail, format_reward,
-                         open_image, row_text)
+from grpo_vision import (HERE, accuracy_reward, expand_images, extract_answer, fail, format_reward, row_text,
+                         seeded)
 
 TEXT, TEXTS = Value("string"), List(Value("string"))
 SAT_FEATURES = Features({"images": List(Image()), "question": TEXT, "options": TEXTS, "answer": TEXT,
@@ -351,45 +353,77 @@ def download_sat():
 
 # ---- Reading it back, to train on ------------------------------------------------------------------------
 
-def load_rows(path):
-    """A Parquet file as written here, or a folder with train.parquet -> its path and its `datasets` table.
-    It is read directly. A cache would be keyed by path and time, and could be older than the file."""
-    path = Path(path) / "train.parquet" if Path(path).is_dir() else Path(path)
-    if not path.exists():
-        fail(f"--data {path} does not exist. `python prepare_sat.py` makes data/sat.")
+def upright(picture):
+    """PIL image -> RGB as a viewer shows it: turned as its EXIF tag says, white where it is transparent. Of
+    grey values deeper than 8 bits the darkest is black and the lightest white."""
+    picture = ImageOps.exif_transpose(picture)
+    if picture.mode.startswith(("I", "F")):
+        picture = picture.convert("F")
+        low, high = picture.getextrema()
+        scale = 255 / max(high - low, 1e-9)
+        picture = picture.point(lambda value: value * scale - low * scale)
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
+    return picture.convert("RGB")
+
+
+def open_image(image, where, decode=True):
+    """{"bytes", "path"} -> RGB image, or stop and name its row. decode=False reads only the header."""
     try:
-        data = Dataset(pq.read_table(path, memory_map=True))
-    except (pa.ArrowInvalid, OSError) as error:
-        fail(f"--data {path} is not a Parquet file that can be read: {str(error).strip().splitlines()[0]}")
-    if missing := sorted({"images", "question", "options", "answer"} - set(data.column_names)):
-        fail(f"--data {path} has no column {missing[0]!r} ({', '.join(data.column_names)})")
-    return path, data.cast_column("images", List(Image(decode=False)))
+        picture = Picture.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
+        return upright(picture) if decode else picture
+    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error ...
+        fail(f"{where}: its image cannot be read ({error}). Remove the row.")
 
 
-def rows_that_fit(data, path, template, tokenizer, image_processor, max_prompt_length, need_image=False):
-    """-> the numbers of the rows whose prompt, in this template, is no longer than max_prompt_length tokens;
-    none is cut. (The paper's code cuts prompts for its masks, but not for generation.)
-    Stops at a row that cannot be trained on. need_image: as several processes do, which share the image
-    tower's work and all have to take part."""
-    def prompt_length(number, row):
-        if not (row["question"] and row["answer"] and row["answer"] in (row["options"] or [row["answer"]])):
-            fail(f"{path}, row {number}: question or answer is empty, or the answer is not an option")
-        if need_image and not row["images"]:
-            fail(f"{path}, row {number} has no image, which only one process can train on: the processes "
-                 "share the image tower's work, and all have to take part")
-        sizes = [open_image(image, f"{path}, row {number}", decode=False).size
-                 for image in row["images"] or []]
-        tokens = [image_processor.get_number_of_image_patches(height, width) // image_processor.merge_size**2
-                  for width, height in sizes]
-        return len(tokenizer(expand_images(row_text(row, template, tokenizer), tokens)).input_ids)
+class TrainingData:
+    """The rows of a Parquet file as written here, by number: data[number] is a dict with opened images."""
+    def __init__(self, path):
+        self.path = Path(path) / "train.parquet" if Path(path).is_dir() else Path(path)
+        try:
+            # read directly: a cache would be keyed by path and time, and could be older than the file
+            table = Dataset(InMemoryTable(pq.read_table(self.path)))
+        except (pa.ArrowInvalid, OSError) as error:
+            fail(f"--data {self.path} is not a Parquet file that can be read: {str(error).splitlines()[0]}")
+        if missing := sorted({"images", "question", "options", "answer"} - set(table.column_names)):
+            fail(f"--data {self.path} has no column {missing[0]!r} ({', '.join(table.column_names)})")
+        self.table = table.cast_column("images", List(Image(decode=False)))
+        self.has_completions, self.kept = "completion" in table.column_names, list(range(len(table)))
 
-    kept = [i for i, row in enumerate(tqdm(data, desc="measuring prompts", leave=False))
-            if prompt_length(i, row) <= max_prompt_length]
-    if len(kept) < len(data):
-        print(f"dropped {len(data) - len(kept)} of {len(data)} rows: prompts over {max_prompt_length}")
-    if not kept:
-        fail(f"--max_prompt_length {max_prompt_length}: every prompt of {path} is longer; raise it")
-    return kept
+    def __getitem__(self, number):
+        row = self.table[number]
+        return {**row, "images": [open_image(image, f"{self.path}, row {number}") for image in row["images"] or []]}
+
+    def keep_fitting(self, template, tokenizer, image_processor, max_prompt_length, need_image=False):
+        """Keep the rows whose prompt, in this template, is no longer than max_prompt_length tokens. None is cut.
+        (The paper's code cuts prompts for its masks, but not for generation.) Stop at a row that cannot be
+        trained on. need_image: several processes share the image tower's work, and all have to take part."""
+        kept = []
+        for number, row in enumerate(tqdm(self.table, desc="measuring prompts", leave=False)):
+            where, images = f"{self.path}, row {number}", row["images"] or []
+            if not row["question"] or row["answer"] not in (row["options"] or [row["answer"] or None]):
+                fail(f"{where}: question or answer is empty, or the answer is not an option. Remove the row.")
+            if need_image and not images:
+                fail(f"{where} has no image. Only one process can train on it: several all run the image tower.")
+            sizes = [open_image(image, where, decode=False).size[::-1] for image in images]
+            tokens = [image_processor.get_number_of_image_patches(*size) // image_processor.merge_size**2
+                      for size in sizes]
+            text = expand_images(row_text(row, template, tokenizer), tokens)
+            kept += [number] if len(tokenizer(text).input_ids) <= max_prompt_length else []
+        if len(kept) < len(self.table):
+            print(f"dropped {len(self.table) - len(kept)} of {len(self.table)} rows: prompts over {max_prompt_length}")
+        if not kept:
+            fail(f"--max_prompt_length {max_prompt_length}: every prompt of {self.path} is longer. Raise it.")
+        self.kept = kept
+
+    def draw(self, seed, first, count):
+        """Numbers first .. first + count - 1 of an endless walk over the kept rows, shuffled anew in each epoch.
+        Number i depends only on i, so a resumed run needs no saved state."""
+        n, last = len(self.kept), first + count - 1
+        epochs = range(first // n, last // n + 1)
+        walks = {epoch: seeded(seed, "epoch", epoch).sample(self.kept, n) for epoch in epochs}
+        return [walks[i // n][i % n] for i in range(first, last + 1)]
 
 
 def main(argv=None):
