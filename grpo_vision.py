@@ -61,7 +61,8 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
+                                                     get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -818,13 +819,19 @@ class Policy(nn.Module):
             return function(self.model, *arguments)
 
 
-def build_models(cfg, start, device, tokenizer):
+def checkpoint_layers(model):
+    """Compute each layer again in the backward. transformers' own switch would turn the cache off."""
+    for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
+def build_models(cfg, start, device, tokenizer, sharded):
     """Folder or hub id `start` -> policy (on the CPU with cpu_offload), sampler, reference (or None).
 
     The policy's weights are float32. Sampler and reference have plain copies, in bf16 on a GPU. Alone on a CPU,
     the policy itself samples.
     """
-    on_gpu, sharded = device.type == "cuda", torch.distributed.is_initialized()
+    on_gpu = device.type == "cuda"
     model = load_model(start, tokenizer, cfg.attn_implementation).to("cpu" if cfg.cpu_offload else device)
     set_threads(model)
     towers = dict(vision=[model.model.visual], llm=[model.model.language_model, model.lm_head])
@@ -837,9 +844,8 @@ def build_models(cfg, start, device, tokenizer):
         reference = Policy(plain(cfg.model_name_or_path, tokenizer, cfg.attn_implementation))
     if cfg.algorithm == "sft":
         model.suppressed.zero_()  # plain cross-entropy, over all the vocabulary
-    if cfg.gradient_checkpointing:  # by hand: transformers' own switch turns the cache off
-        for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    if cfg.gradient_checkpointing:
+        checkpoint_layers(model)
     return Policy(model, autocast=on_gpu and not sharded), sampler, reference
 
 
@@ -853,7 +859,7 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def make_accelerator(cfg):
-    """-> Accelerator. There is a process group if and only if weights will be sharded."""
+    """-> Accelerator, with the process group that sharding needs."""
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         fail("ACCELERATE_USE_DEEPSPEED is set. This program shards by FSDP2: unset it, or start by python.")
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
@@ -950,7 +956,8 @@ def save(folder, run, with_state=False):
     when it is complete. All processes take part."""
     temporary, is_main, model = folder.with_name(folder.name + ".tmp"), run.accelerator.is_main_process, \
         run.policy.model
-    weights = run.accelerator.get_state_dict(run.policy)  # whole, on the main process
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(run.policy, options=options)  # whole, on the main process
     try:
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while it saved
@@ -1175,6 +1182,7 @@ def setup(cfg):
     import prepare_sat
     run = SimpleNamespace(cfg=cfg, accelerator=make_accelerator(cfg))
     is_main, count = run.accelerator.is_main_process, run.accelerator.num_processes
+    sharded = count > 1 or cfg.cpu_offload
     if is_main and cfg.resume:
         run.output_dir, run.lock = claim(cfg)
     last = checkpoints(cfg.output_dir)[-1:] if cfg.resume else []
@@ -1190,10 +1198,11 @@ def setup(cfg):
         run.template = run.template.removesuffix("-direct") + "-direct"  # nothing but the answer to learn
     run.data.keep_fitting(run.template, run.tokenizer, run.image_processor, cfg.max_prompt_length, count > 1)
     run.eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
-    run.policy, run.sampler, run.reference = build_models(cfg, start, run.accelerator.device, run.tokenizer)
+    run.policy, run.sampler, run.reference = build_models(cfg, start, run.accelerator.device, run.tokenizer,
+                                                             sharded)
     trained = [weight for weight in run.policy.parameters() if weight.requires_grad]
     run.optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=0.0)
-    if torch.distributed.is_initialized():
+    if sharded:
         shard(run, cfg)
     if done:
         load_optimizer(start, run)
@@ -1202,7 +1211,7 @@ def setup(cfg):
     run.output_dir, = broadcast_object_list([run.output_dir if is_main else None])
     if is_main:
         eval_cvbench.open_logs(run, done)
-    wrapper = "sharded by FSDP2" if torch.distributed.is_initialized() else "no wrapper"
+    wrapper = "sharded by FSDP2" if sharded else "no wrapper"
     run.accelerator.print(
         f"{run.output_dir}: {run.sampler.num_parameters() / 1e6:.1f}M parameters, {len(run.data.kept)} questions, "
         f"prompt {run.template}, steps {done + 1} to {cfg.max_steps}\n{count} x {run.sampler.device.type}, "

@@ -247,10 +247,8 @@ def parse_sharegpt(row, folder):
             completion = as_text(completion)
         case _:
             raise Skip("not one question and one reply")
-    answer = extract_answer(completion)
-    require(answer, "no answer in one <answer> block")
-    answer = re.sub(r"^final answer\s*:\s*", "", answer, flags=re.IGNORECASE)
-    require(format_reward(completion), "not one <think> block and then one <answer> block")  # it would be taught
+    require(format_reward(completion), "not one <think> and one <answer> block")  # anything else would be taught
+    answer = re.sub(r"^final answer\s*:\s*", "", extract_answer(completion), flags=re.IGNORECASE)
     return dict(images=load_images(row.get("images") or row.get("image"), folder), question=as_text(question),
                 options=[], answer=answer, question_type=None, completion=completion)
 
