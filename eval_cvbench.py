@@ -43,7 +43,8 @@ from tqdm import tqdm
 
 from grpo_vision import (ANSWER_BLOCK, HERE, IMAGE_TOKENS, PRESETS, RUNS, TEMPLATES, TOY, build_prompts,
                          build_question, checkpoints, choose, choose_prompt, completion_text, extract_answer,
-                         fail, fingerprint, grade, load_model, load_processors, normalise, render, sample, seeded,
+                         fail, fingerprint, grade, load_model, load_processors, math_reward, normalise,
+                         render, sample, seeded,
                          set_threads, steps_of)
 from prepare_sat import open_image, upright
 
@@ -79,8 +80,9 @@ def load_questions(path, limit=None):
 
 
 def parse_cvbench(row, where):
-    if nulls := [name for name in ("image", "prompt", "choices", "answer", "task", "source") if not row[name]]:
-        fail(f"{where}: {nulls[0]} is empty. Remove the row.")
+    row["image"] = row["image"] if any((row["image"] or {}).values()) else None
+    if empty := [name for name in ("image", "prompt", "choices", "answer", "task", "source") if not row[name]]:
+        fail(f"{where}: {empty[0]} is empty. Remove the row.")
     letter, choices = re.fullmatch(r"\(([A-Z])\)", row["answer"].strip()), row["choices"]
     number = ord(letter[1]) - ord("A") if letter else len(choices)
     if number >= len(choices):
@@ -261,8 +263,10 @@ def read_choice(answer, options):
 def with_verdict(record, strict):
     """The record with what its completion is worth, by the grader as it is now."""
     extracted, find = read_answer(record["completion"], strict), choose if strict else read_choice
-    return {**record, "extracted": extracted, "chosen": find(extracted, record["options"]),
-            "correct": grade(extracted, record["answer"], record["options"], find)}
+    correct = grade(extracted, record["answer"], record["options"], find)
+    if not record["options"] and extracted:  # a free answer may be right as mathematics
+        correct = correct or bool(math_reward(extracted, record["answer"]))
+    return {**record, "extracted": extracted, "chosen": find(extracted, record["options"]), "correct": correct}
 
 
 # ---- Files -----------------------------------------------------------------------------------------------
@@ -790,6 +794,8 @@ def parse_args(argv=None):
     parser.add_argument("--image", nargs="+", default=[], help="images that --ask is about")
     parser.add_argument("--top_p", type=float, default=0.95, help="with --ask: of the likeliest tokens")
     args = parser.parse_args(argv)
+    if args.image and not args.ask or args.ask == "":
+        fail("--ask needs a question, and --image needs --ask")
     if (args.temperature or 0) < 0 or not 0 < args.top_p <= 1:
         fail("--temperature must be at least 0, and --top_p above 0 and at most 1")
     return args

@@ -1817,3 +1817,412 @@ def test_what_several_processes_cannot_share_stops(monkeypatch):
     monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(num_processes=3))
     with stops("--prompts_per_step 8", "3 processes"):
         g.make_accelerator(g.Config())
+
+
+# ---- Evaluation ------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def evaluate(model_dir, cvbench):
+    """evaluate(output_dir, *flags): the small model on the small CV-Bench -> {mode: folder with the results}"""
+    def run(output_dir, *flags, model=model_dir):
+        eval_cvbench.main(["--model", model, "--data", str(cvbench), "--output_dir", str(output_dir),
+                           *"--max_new_tokens 6 --batch_size 2".split(), *map(str, flags)])
+        return {folder.name.split("--")[2]: folder for folder in Path(output_dir).iterdir()}
+    return run
+
+
+@pytest.fixture(scope="session")
+def evaluated(evaluate, tmp_path_factory):
+    return evaluate(tmp_path_factory.mktemp("results"), "--modes", "all")
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in sorted(folder.iterdir()) if path.name != "report.html"}
+
+
+def test_all_modes_are_asked_in_the_papers_words(evaluate, evaluated, model_dirs, tmp_path, capsys):
+    lines = lambda n: "".join(f"\n({'ABCDEF'[j]}) {choice}" for j, choice in enumerate("341205"[:n]))
+    user = lambda text: "<|im_start|>user\n" + g.IMAGE_TOKENS + text + "<|im_end|>\n<|im_start|>assistant\n"
+    expected = {
+        "base-reasoning": lambda q: g.IMAGE_TOKENS + g.TEMPLATES["base"].format(question=q),
+        "base-direct": lambda q: g.IMAGE_TOKENS + "A conversation between User and Assistant. The user asks "
+            f"a question about the image, and the Assistant solves it.\nUser: {q} \nAssistant: ",
+        "instruct-reasoning": lambda q: user(q + "\nOutput the thinking process in <think> </think> and "
+                                                 "final answer in <answer> </answer> tags."),
+        "instruct-direct": user}
+    folders = evaluate(tmp_path, "--modes", "all", model=model_dirs["qwen2_5_vl"])
+    printed = capsys.readouterr()
+    assert "warning" in printed.err and "2 of Count, not 788" in printed.err
+    for word in "Count Relation Depth Distance ADE20K COCO Omni3D total 2D 3D official unparsed".split():
+        assert word in printed.out
+    for found, modes in (folders, list(expected)), (evaluated, list(expected)[:2]):
+        assert sorted(found) == sorted(modes)
+        for mode, folder in found.items():
+            assert {path.name for path in folder.iterdir()} == {
+                "answers.jsonl", "summary.json", "summary.md", "report.html"}
+            records = jsonl(folder / "answers.jsonl")
+            assert [(r["id"], r["answer"], len(r["options"])) for r in records] == [
+                (0, "4", 2), (1, "4", 3), (2, "4", 6), (3, "4", 4), (4, "4", 5)]
+            assert [r["prompt"] for r in records] == [
+                expected[mode](CVBENCH_TEXT + lines(len(r["options"]))) for r in records]
+            assert all(r["completion"].startswith("<think>") == (mode == "base-reasoning") for r in records)
+
+
+def test_held_out_and_free_questions_are_asked_as_in_training(sat, world, model_dir, tmp_path):
+    rows = datasets.Dataset.from_parquet(str(sat / "train.parquet"))
+    questions, tokenizer = eval_cvbench.load_questions(str(sat / "train.parquet")), copy.deepcopy(world.tokenizer)
+    tokenizer.chat_template = ROLES
+    for q, row in zip(questions, rows, strict=True):
+        for template in "base", "instruct":
+            asked = eval_cvbench.prompt_text(q, f"{template}-reasoning", tokenizer)
+            assert asked == g.row_text(row, template, tokenizer)
+        assert (q["answer"], q["options"]) == (row["answer"], row["options"])
+    write_rows(tmp_path / "free.parquet", [{**row, "options": [], "answer": "$0.5$", "images": [dict(
+        bytes=ONE, path=None)]} for row in rows.to_list()])
+    eval_cvbench.main(["--model", model_dir, "--data", str(tmp_path / "free.parquet"), "--max_new_tokens", "4",
+                       "--output_dir", str(tmp_path / "results")])
+    folder, = (tmp_path / "results").iterdir()
+    assert json.loads((folder / "summary.json").read_text())["scores"]["total"]["chance"] == 0
+    record = jsonl(folder / "answers.jsonl")[0] | {"completion": r"<answer> \frac{1}{2} </answer>"}
+    assert eval_cvbench.with_verdict(record, False)["correct"]  # without options, by mathematics too
+
+
+def test_batched_answers_are_those_of_one_at_a_time_and_of_generate(cvbench, world):
+    questions, model = eval_cvbench.load_questions(str(cvbench)), copy.copy(world.model)
+    model.eos_ids = [world.tokenizer.eos_token_id]
+    ask = lambda mode, n: sorted(eval_cvbench.answer_questions(
+        model, world.tokenizer, world.image_processor, questions, mode, batch_size=n, max_new_tokens=10),
+        key=lambda r: r["id"])
+    for mode in "base-direct", "base-reasoning":
+        one = ask(mode, 1)
+        assert one == ask(mode, 3) == ask(mode, 32) and len({r["completion"] for r in one}) > 2
+        for r in one:
+            image = prepare_sat.open_image(questions[r["id"]]["images"][0], "")
+            prompt = g.build_prompts([r["prompt"]], [[image]], world.tokenizer, world.image_processor, model)
+            world.each.append(prompt)
+            theirs = world.stock.generate(
+                **world.inputs(len(world.each) - 1), do_sample=False, max_new_tokens=10, eos_token_id=model.eos_ids,
+                suppress_tokens=model.suppressed.nonzero()[:, 0].tolist())[0, prompt.input_ids.shape[1]:]
+            assert r["completion"] == g.completion_text(r["prompt"], theirs, world.tokenizer)
+            assert r["length"] == len(theirs)
+    del world.each[4:]
+
+
+def test_asking_streams_the_sampled_answer(world, model_dir, tmp_path, capsys):
+    model = copy.deepcopy(world.model)
+    for prompt in world.each:
+        ids = eval_cvbench.stream(model, world.tokenizer, prompt, 0, 0.95, 12)
+        assert ids.tolist() == g.sample(model, [prompt], 1, 12, 0).completion_ids[0].tolist()
+        assert capsys.readouterr().out.strip() == world.tokenizer.decode(ids, skip_special_tokens=True).strip()
+    draw = lambda seed: eval_cvbench.stream(model, world.tokenizer, world.each[0], 0.6, 0.95, 12, seed).tolist()
+    drawn = [draw(0), draw(0), draw(1)]
+    assert drawn[0] == drawn[1] != drawn[2]  # the model's own generation_config has top_k 1
+    picture(84, 56).save(tmp_path / "a.png")
+    capsys.readouterr()
+    flags = ["--model", model_dir, "--max_new_tokens", "5"]
+    eval_cvbench.main([*flags, "--ask", "Which?", "--image", str(tmp_path / "a.png"), str(tmp_path / "a.png")])
+    printed = capsys.readouterr().out
+    assert re.fullmatch(r"<think>.+\n\(cut off: .*\)\n\(no answer block\)\n", printed, re.DOTALL)
+    for more, words in (["--ask", "?", "--image", "none.png"], "none.png"), (["--ask", ""], "--ask"), (
+            ["--image", "a.png"], "--ask"):
+        with stops(words):
+            eval_cvbench.main([*flags, *more])
+
+
+@quick
+def test_a_served_base_model_gets_the_base_prompt(processors):
+    tokenizer = copy.deepcopy(processors[0])
+    tokenizer.chat_template = eval_cvbench.SERVED_PROMPT
+    asked = lambda content: tokenizer.apply_chat_template([{"role": "user", "content": content}],
+                                                          tokenize=False, add_generation_prompt=True)
+    text = {"type": "text", "text": "Which?\n(A) left"}
+    for images in 0, 1, 2:
+        expected = g.render(text["text"], images, "base", None)
+        assert asked([{"type": "image"}] * images + [text]) == expected
+    assert asked(text["text"]) == g.render(text["text"], 0, "base", None)
+
+
+# answers to 2 + 4 + 5 questions, by hand
+HAND = {"ADE20K": [1, 0], "COCO": [1, 1, 1, 0], "Omni3D": [1, 0, 0, 0, 0]}
+
+
+def answered(verdicts):
+    """{source: [right or not]} -> records"""
+    return [{"task": "Depth" if source == "Omni3D" else "Count", "source": source, "correct": bool(right),
+             "options": list("abcd")[:2 if source == "Omni3D" else 4], "chosen": "a" if right else None,
+             "extracted": "(A)" if right else "a", "completion": "<answer>wait</answer>" if right else "",
+             "length": 10 + right, "finished": source != "COCO"}
+            for source, rights in verdicts.items() for right in rights]
+
+
+@quick
+def test_scores_by_hand():
+    scores, half = eval_cvbench.scores_of(answered(HAND)), 500 / 11
+    official = 100 * ((1 / 2 + 3 / 4) / 2 + 1 / 5) / 2
+    assert {name: s.value for name, s in scores.items()} == pytest.approx(
+        {"Count": 400 / 6, "Depth": 20, "ADE20K": 50, "COCO": 75, "Omni3D": 20, "total": half, "2D": 62.5, "3D": 20,
+         "official": official})
+    assert abs(official - half) > 4  # the two are not one number
+    assert [scores[name].chance for name in ("Count", "Depth", "2D", "official")] == [25, 50, 25, 37.5]
+    assert scores["total"].chance == pytest.approx(100 * (6 / 4 + 5 / 2) / 11)
+    rates = dict(zip("unparsed truncated letters block reflection length".split(),
+                     eval_cvbench.rates_of(answered(HAND)).values()))
+    assert rates == pytest.approx(dict(unparsed=600 / 11, truncated=400 / 11, letters=100, block=half,
+                                       reflection=half, length=10 + 5 / 11))
+    eight = eval_cvbench.score_of([(1, [{"correct": i < 8, "options": "ab"} for i in range(10)])])
+    assert (eight.low, eight.high) == pytest.approx((49.02, 94.33), abs=0.01)  # Wilson's interval of 8 in 10
+    none = eval_cvbench.score_of([(1, [{"correct": False, "options": "ab"}] * 10)])
+    assert none.low == 0 and none.high == pytest.approx(27.75, abs=0.01)
+
+
+@quick
+def test_intervals_are_those_of_a_bootstrap_and_the_sign_test_counts_all_ways():
+    rng = random.Random(0)
+    verdicts = {name: [rng.random() < p for _ in range(n)]
+                for name, n, p in (("ADE20K", 150, 0.9), ("COCO", 200, 0.8), ("Omni3D", 300, 0.2))}
+    found, mean = eval_cvbench.scores_of(answered(verdicts)), lambda some: sum(some) / len(some)
+    again = [{name: rng.choices(some, k=len(some)) for name, some in verdicts.items()} for _ in range(4000)]
+    official = [100 * ((mean(x["ADE20K"]) + mean(x["COCO"])) / 2 + mean(x["Omni3D"])) / 2 for x in again]
+    total = [100 * mean(rng.choices(sum(verdicts.values(), []), k=650)) for _ in range(4000)]
+    ends = lambda values: [sorted(values)[int(share * len(values))] for share in (0.025, 0.975)]
+    assert [found["official"].low, found["official"].high] == pytest.approx(ends(official), abs=0.6)
+    assert [found["total"].low, found["total"].high] == pytest.approx(ends(total), abs=0.6)
+    assert abs(found["total"].low - ends(official)[0]) > 1  # the control: it is not any interval
+    pairs = [(True, True)] * 6 + [(False, False)] * 4 + [(True, False)] * 3 + [(False, True)] * 9
+    a, b = ([{"correct": pair[i]} for pair in pairs] for i in (0, 1))
+    sums = [abs(sum(signs)) for signs in itertools.product((1, -1), repeat=12)]
+    assert eval_cvbench.sign_test(a, b) == pytest.approx(sum(s >= 6 for s in sums) / 2**12)
+    assert eval_cvbench.sign_test(a, b) == eval_cvbench.sign_test(b, a) and eval_cvbench.sign_test(a, a) == 1
+
+
+@quick
+def test_the_papers_rows_and_a_warning_depend_on_the_published_counts(capsys):
+    of_each = {("Count", "ADE20K"): 633, ("Count", "COCO"): 155, ("Relation", "COCO"): 650,
+               ("Depth", "Omni3D"): 600, ("Distance", "Omni3D"): 600}
+    records = [{**answered({source: [1]})[0], "task": task} for (task, source), n in of_each.items()
+               for _ in range(n)]
+    for some, whole in (records, True), (records[1:], False):
+        table = eval_cvbench.markdown_table(eval_cvbench.score_rows(eval_cvbench.scores_of(some)))
+        assert ("| paper: base + GRPO | 59.64 | 66.76 | 54.16 | 56.66 | 59.47 |" in table) == whole
+        eval_cvbench.check_counts("it", some)
+        said = capsys.readouterr().err
+        assert (said == "") == whole and ("787 of Count, not 788; 632 of ADE20K, not 633" in said) == (not whole)
+
+
+def test_a_killed_or_second_start_asks_what_is_missing(evaluate, evaluated, tmp_path, monkeypatch):
+    whole = contents(evaluated["base-reasoning"])
+    append = eval_cvbench.append_jsonl
+    for kill_after in 1, 3:
+        asked = []
+        with monkeypatch.context() as patch:
+            def killed(path, records, left=[kill_after]):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise KeyboardInterrupt
+                append(path, records)
+            patch.setattr(eval_cvbench, "append_jsonl", killed)
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(tmp_path / str(kill_after))
+        folder, = (tmp_path / str(kill_after)).iterdir()
+        with open(folder / "answers.rank1.jsonl", "w") as file:  # another process, killed in its first line
+            file.write(whole["answers.jsonl"][:40])
+        monkeypatch.setattr(eval_cvbench, "append_jsonl", lambda path, records: (
+            asked.extend(records), append(path, records)))
+        evaluate(tmp_path / str(kill_after))
+        assert len(asked) == 5 - kill_after and contents(folder) == whole
+    evaluate(tmp_path / "1")
+    assert len(asked) == 5 - kill_after  # nothing is left to ask
+    (folder / "answers.jsonl").write_text("{\n" + whole["answers.jsonl"])
+    with stops("answers.jsonl, line 1"):
+        evaluate(tmp_path / str(kill_after))
+
+
+def test_two_processes_give_the_results_of_one(evaluate, evaluated, tmp_path, monkeypatch):
+    monkeypatch.setattr(eval_cvbench, "main", lambda argv: launch(2, g.HERE / "eval_cvbench.py", *argv))
+    folder = evaluate(tmp_path)["base-reasoning"]
+    assert folder.name == evaluated["base-reasoning"].name and contents(folder) == contents(evaluated["base-reasoning"])
+
+
+def test_answers_of_other_weights_settings_or_questions_have_a_folder_of_their_own(evaluate, evaluated, model_dir,
+                                                                                  tmp_path, capsys):
+    shutil.copytree(model_dir, tmp_path / "tiny")
+    weights = weights_of(tmp_path / "tiny")
+    weights["model.norm.weight"][3] += 1  # one weight of a retrained model in the same folder
+    results = lambda *flags, model=model_dir: evaluate(tmp_path / "results", *flags, model=model)["base-reasoning"].name
+    names = [evaluated["base-reasoning"].name, results("--max_new_tokens", 5), results("--limit", 3),
+             results("--temperature", 1), results("--temperature", 1, "--seed", 1), results("--max_pixels", 9999),
+             results(model=str(tmp_path / "tiny"))]
+    save_file(weights, tmp_path / "tiny/model.safetensors", metadata={"format": "pt"})
+    results(model=str(tmp_path / "tiny"))
+    assert len(list((tmp_path / "results").iterdir())) == 7 and len(set(names[:1] + names[-1:])) == 2
+
+
+def test_regrading_and_comparing_take_files(evaluated, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(eval_cvbench, "load_model", None)  # none is needed
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    said = ["The answer is (B)", "<answer>4</answer>", "three", "<answer>A</answer> <answer>4.</answer>", "..."]
+    records = [{**r, "completion": text, "correct": None, "chosen": "?"}
+               for r, text in zip(jsonl(evaluated["base-direct"] / "answers.jsonl"), said, strict=True)]
+    a.write_text("".join(json.dumps(r) + "\n" for r in records))
+    for flags, expected in ([], [True, True, False, True, False]), (["--strict"], [False, True, False, False, False]):
+        eval_cvbench.main(["--regrade", str(a), *flags])
+        assert [r["correct"] for r in jsonl(a)] == expected and "total" in capsys.readouterr().out
+    b.write_text("".join(json.dumps({**r, "correct": r["id"] > 1}) + "\n" for r in jsonl(a)[1:]))
+    eval_cvbench.main(["--compare", str(a), str(b)])
+    printed = capsys.readouterr()
+    line = next(line for line in printed.out.splitlines() if line.startswith("    total"))
+    assert re.search(r"A +25.0 +B +75.0 +B - A \+50.0 .*p = 0.62", line), line
+    assert "1 questions" in printed.err
+    c = tmp_path / "c.jsonl"
+    c.write_text("".join(json.dumps({**r, "question": "?"}) + "\n" for r in jsonl(b)))
+    for flags, word in (["--compare", a, c], "same questions"), (["--compare", a, tmp_path / "none"], "not exist"), (
+            ["--regrade", tmp_path / "none"], "no answers"):
+        with stops(word):
+            eval_cvbench.main(list(map(str, flags)))
+
+
+class Page(HTMLParser):
+    """What a browser makes of a page: its tags, in and out, and its text."""
+    def __init__(self, path):
+        super().__init__()
+        self.open, self.tags, self.text = [], Counter(), ""
+        self.feed(path.read_text())
+
+    def handle_starttag(self, tag, attributes):
+        self.tags[tag] += 1
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        assert not any(value and value.startswith(("http", "//")) for _, value in attributes)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def test_pages_are_self_contained_and_show_markup_as_text(cvbench, evaluated, trained, sat, tmp_path):
+    evil = "</pre></td></table><script>alert('x')</script><img src=x onerror=alert(1)> & <b> {body} %s"
+    questions = eval_cvbench.load_questions(str(cvbench))
+    records = [{**r, "completion": evil, "extracted": evil, "options": [*r["options"], evil], "task": "Count <i>",
+                "chosen": evil} for r in jsonl(evaluated["base-direct"] / "answers.jsonl")]
+    pages = []
+    for most in 25, 2:
+        eval_cvbench.write_report(tmp_path, evil, records, questions, str(cvbench), most)
+        pages.append(Page(tmp_path / "report.html"))
+        assert pages[-1].open == [] and pages[-1].tags["img"] == min(5, most) and not pages[-1].tags["script"]
+    assert pages[0].text.count(evil) >= 16 and not pages[0].tags["b"] and not pages[0].tags["i"]
+    data, run = prepare_sat.TrainingData(sat), tmp_path / "run"
+    data.table = data.table.map(lambda row: row | dict(question=evil, answer=evil, options=[evil] * 2))
+    run.mkdir()
+    (tmp_path / "legend.png").write_bytes(encoded(picture(60, 60), "PNG"))
+    data.path = tmp_path / "sat/train.parquet"
+    eval_cvbench.append_jsonl(run / "completions.jsonl", [
+        {**sample, "completion": evil} for sample in jsonl(trained[0] / "completions.jsonl")])
+    eval_cvbench.write_rollouts(run, data)
+    page, usual = Page(run / "rollouts.html"), Page(trained[0] / "rollouts.html")
+    assert page.open == [] and page.text.count(evil) > 24 and len(usual.tags) > 8
+    assert page.tags - usual.tags == Counter(img=1, p=1)  # the legend; else the same elements as with harmless text
+
+
+def test_evaluation_data_with_faults_stops(cvbench, evaluate, tmp_path):
+    table = pq.read_table(cvbench / "test_2d.parquet")
+    replace = lambda name, values: table.drop_columns([name]).append_column(name, values)
+    files = {"less": (table.drop_columns(["prompt"]), "'prompt'"),
+             "letter": (replace("answer", pa.array(["(B)", "(D)", "(A)"])), "row 1"),
+             "null": (replace("answer", pa.array(["(B)", None, "(A)"])), "row 1: answer"),
+             "none": (replace("choices", pa.array([["3", "4"], None, ["3", "4"]])), "row 1: choices")}
+    for broken in NO_JPEG, None:
+        images = [{"bytes": broken if i == 1 else ONE, "path": None} for i in range(3)]
+        files[f"image{broken}"] = replace("image", pa.array(images)), "row 1"
+    for name, (content, words) in files.items():
+        pq.write_table(content, tmp_path / f"{name}.parquet")
+        with stops(name, words):
+            evaluate(tmp_path / "results", "--data", tmp_path / f"{name}.parquet")
+    assert not list((tmp_path / "results").rglob("answers*"))  # before the first answer
+    with stops("no/such/file"):
+        evaluate(tmp_path, "--data", "no/such/file")
+    for flags, words in {"--modes instruct-direct": "--modes instruct-direct, base-reasoning, base-direct",
+                         "--temperature -1": "--temperature", "--top_p 0": "--top_p"}.items():
+        with stops(*words.split(", ")):
+            evaluate(tmp_path, *flags.split())
+
+
+# ---- The toy world ---------------------------------------------------------------------------------------
+
+@quick
+def test_toy_scenes_are_new_and_answers_true():
+    rng, seen, asked = random.Random(0), set(), Counter()
+    scenes = [make.draw_scene(rng, seen) for _ in range(300)]
+    assert len(set(scenes)) == len(seen) == 300
+    for scene in scenes:
+        for question in filter(None, (make.ask(scene, kind, rng) for kind in make.TASKS)):
+            asked[question.kind] += 1
+            assert question.answer in question.options and len(set(question.options)) == len(question.options)
+            words = re.findall(r"\w+", question.sat)
+            named = sorted((t for t in scene if t.name in words), key=lambda t: words.index(t.name))
+            if question.kind == "left or right":
+                assert question.answer == ("left" if named[0].column < named[1].column else "right")
+            elif question.kind == "above or below":
+                assert question.answer == ("above" if named[0].row < named[1].row else "below")
+            elif question.kind == "closer":
+                assert [t.depth for t in named if t.name == question.answer] == ["near"]
+                assert [t.depth for t in named if t.name != question.answer] == ["far"]
+            elif question.kind == "count":
+                assert question.answer == str(len(named))
+            else:  # which of two is fewer steps away from the one that is named first
+                far, *two = named
+                steps = {t.name: abs(t.row - far.row) + abs(t.column - far.column) for t in two}
+                assert question.answer == min(steps, key=steps.get) and len(set(steps.values())) == 2
+    assert all(asked[kind] > 30 for kind in make.TASKS)
+
+
+def test_the_committed_toy_is_what_make_draws():
+    rng, seen = random.Random(0), set()
+    expected = {"test.parquet": make.sat_rows(512, rng, seen)}
+    for name, kinds, sources in make.CVBENCH_FILES:
+        expected[f"cvbench/{name}"] = make.cvbench_rows(kinds, name, sources, 96, rng, seen)
+    expected["train.parquet"] = make.sat_rows(2048, rng, seen)
+    for name, rows in expected.items():
+        rows, found = list(rows), pq.read_table(g.TOY / name).to_pylist()  # here rng and seen move on
+        assert len(found) == len(rows)
+        for mine, theirs in zip(rows[::40], found[::40]):
+            assert {k: v for k, v in mine.items() if "image" not in k} == {
+                k: v for k, v in theirs.items() if "image" not in k}
+            pixels = [Image.open(io.BytesIO((row["images"][0] if "images" in row else row["image"])["bytes"])).tobytes()
+                      for row in (mine, theirs)]
+            assert pixels[0] == pixels[1]
+    assert Image.open(g.TOY / "legend.png").tobytes() == make.paint_legend().tobytes()
+    weights = weights_of(g.TOY / "base")
+    assert {x.dtype for x in weights.values()} == {torch.bfloat16} and 1e6 < sum(
+        x.numel() for x in weights.values()) < 2e6
+    assert sum(path.stat().st_size for path in g.TOY.rglob("*") if path.is_file()) < 8e6
+
+
+@pytest.mark.parametrize("zeroed", [False, True], ids=["rewarded", "control"])
+def test_the_toy_learns_from_its_rewards(zeroed, tmp_path, monkeypatch):
+    """A control with advantages of 0 stays where it was: it is the reward that teaches."""
+    advantages = g.group_advantages
+    monkeypatch.setattr(g, "group_advantages", lambda *args: advantages(*args) * (not zeroed))
+    g.main(f"""--max_steps 30 --learning_rate 2e-4 --prompts_per_step 8 --eval_steps 0 --beta 0
+        --output_dir {tmp_path}/run""".split())
+    accuracy = [m["rewards/accuracy"] for m in jsonl(tmp_path / "run/metrics.jsonl")]
+    gain = sum(accuracy[-5:]) / 5 - sum(accuracy[:5]) / 5
+    assert abs(gain) < 0.1 if zeroed else gain > 0.2
+
+
+@quick
+def test_every_flag_metric_and_file_in_the_readmes_exists(capsys):
+    readmes = "".join((g.HERE / name).read_text() for name in ("README.md", "toy/README.md", "bench/README.md"))
+    known = set("""--num_processes --num_machines --machine_rank --main_process_ip --main_process_port
+        --nproc_per_node --host --port --standalone""".split())  # accelerate's, torchrun's, the servers'
+    for program in g.parse_config, eval_cvbench.main, prepare_sat.main:
+        with pytest.raises(SystemExit):
+            program(["--help"])
+    known |= set(re.findall(r"--\w+", capsys.readouterr().out))
+    for script in [*g.HERE.glob("bench/*.py"), *g.HERE.glob("toy/*.py")]:
+        known |= set(re.findall(r"\W(--\w+)\b", script.read_text()))
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w+", readmes))
+    assert not named - known and len(named) > 40
+    for script in re.findall(r"\b(?:bench/|toy/)?\w+\.py\b", readmes):
+        assert script in ("my_run.py",) or any((g.HERE / folder / script).exists() for folder in ("", "bench", "toy"))

@@ -211,7 +211,12 @@ CVBENCH_FEATURES = Features({
     "bbox": List(List(Value("float32")))})
 
 
-def cvbench_rows(kinds, dimension, sources, per_task, rng, seen):
+CVBENCH_FILES = [("test_2d.parquet", ["left or right", "above or below", "count"], ["ADE20K", "COCO"]),
+                 ("test_3d.parquet", ["closer", "distance"], ["Omni3D"])]  # file, kinds of questions, sources
+
+
+def cvbench_rows(kinds, file, sources, per_task, rng, seen):
+    dimension = file[5:7].upper()
     tasks = list(dict.fromkeys(TASKS[kind] for kind in kinds))
     for index in range(per_task * len(tasks)):
         task, i = tasks[index // per_task], index % per_task
@@ -451,10 +456,9 @@ def make(out=HERE, seed=0):
     with tempfile.TemporaryDirectory(dir=out) as folder:
         made = Path(folder)
         write_parquet(made / "test.parquet", sat_rows(512, rng, seen), SAT_FEATURES)
-        flat, deep = ["left or right", "above or below", "count"], ["closer", "distance"]
-        for name, kinds, sources in [("2D", flat, ["ADE20K", "COCO"]), ("3D", deep, ["Omni3D"])]:
+        for name, kinds, sources in CVBENCH_FILES:
             rows = cvbench_rows(kinds, name, sources, 96, rng, seen)
-            write_parquet(made / f"cvbench/test_{name.lower()}.parquet", rows, CVBENCH_FEATURES)
+            write_parquet(made / "cvbench" / name, rows, CVBENCH_FEATURES)
         write_parquet(made / "train.parquet", sat_rows(2048, rng, seen), SAT_FEATURES)
         paint_legend().save(made / "legend.png")
         train_base(made / "base", rng, seen, seed)
