@@ -43,9 +43,9 @@ from tqdm import tqdm
 
 from grpo_vision import (ANSWER_BLOCK, HERE, IMAGE_TOKENS, PRESETS, RUNS, TEMPLATES, TOY, build_prompts,
                          build_question, checkpoints, choose, choose_prompt, completion_text, extract_answer,
-                         fail, fingerprint, grade, load_model, load_processors, math_reward, normalise,
+                         fail, grade, load_model, load_processors, math_reward, normalise,
                          render, sample, seeded,
-                         set_threads, steps_of)
+                         set_threads)
 from prepare_sat import open_image, upright
 
 # ---- The questions ---------------------------------------------------------------------------------------
@@ -314,6 +314,12 @@ def digest(value, *blobs):
 def weights_digest(model):
     """Changes with any weight."""
     return digest("", *(p.detach().cpu().flatten().view(torch.uint8).numpy() for p in model.parameters()))
+
+
+def fingerprint(path):
+    """Digests of a file's bytes, or of a model folder's weights -> list. A hub id stands for itself."""
+    files = [file for file in sorted(Path(path).glob("*.safetensors")) or [Path(path)] if file.is_file()]
+    return [digest("", file.read_bytes()) for file in files] or [str(path)]
 
 
 def question_digest(q):
@@ -833,8 +839,8 @@ def main(argv=None):
                                          state)
                 files[path, mode].append(short(file))
                 if scores and mode == choose_modes(args.modes, tokenizer)[0]:
-                    checkpoint = Path(name).name.startswith("checkpoint-")
-                    append_score(scores, steps_of(Path(name)) if checkpoint else 0, path, records)
+                    step = re.fullmatch(r"checkpoint-(\d+)", Path(name).name)
+                    append_score(scores, int(step[1]) if step else 0, path, records)
     if scores:
         draw_curves(args.run, scores)
         print(f"drawn from these scores: {args.run}/curves.png")

@@ -1,10 +1,10 @@
 """Visual R1-Zero in one file: GRPO on Qwen2-VL, after VisualThinker-R1-Zero (arXiv 2503.05132).
 
-The policy is the language model, seen as a distribution over the next token. Ask it a question about a
-picture several times, and reward each answer by a rule. Then train by maximum likelihood with a weight and a
-sign: every token of an answer is pushed up or down by how much better than its siblings the answer did. That
-is GRPO, Group Relative Policy Optimization. "R1-Zero" means that training starts from a base model. Nobody
-shows it how to reason; it learns from right or wrong alone.
+The policy is the language model, seen as a distribution over the next token. Ask it a question about an image
+several times, and reward each answer by a rule. Then train by maximum likelihood with a weight and a sign:
+every token of an answer is pushed up or down by how much better than its siblings the answer did. That is
+GRPO, Group Relative Policy Optimization. "R1-Zero" means that training starts from a base model. Nobody shows
+it how to reason; it learns from right or wrong alone.
 
 One training step. `train_step` puts it together, and the sections below follow it:
 
@@ -22,7 +22,7 @@ One training step. `train_step` puts it together, and the sections below follow 
      policy close to the reference.
 
 One idea makes it fast. A group shares one image and one prompt. They run through the model once per pass, and
-the G completions branch off the keys and values that they leave. It is exact: see `encode`, `score`, `update`.
+the G completions branch off the keys and values that they leave. It is exact: `encode`, `score`, `update`.
 
 Symbols: n prompts of a pass, P prompt tokens, C completion tokens, K rows of a chunk, H hidden size, V
 vocabulary size. Tensor lines end in their shape: # (N, C). `cfg` holds the settings (`Config`). `run` holds
@@ -33,7 +33,6 @@ optimizer, tokenizer, data.
     python grpo_vision.py --preset sat                                # Qwen2-VL-2B on SAT, on one GPU
     accelerate launch --num_processes 8 grpo_vision.py --preset sat   # the same, sharded over eight GPUs
 """
-import hashlib
 import itertools
 import json
 import math
@@ -46,7 +45,7 @@ import sys
 import time
 import warnings
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -86,7 +85,7 @@ def train_step(run, cfg, step):
     # 4. their advantages
     advantages = group_advantages(sum(rewards.values()), cfg.num_generations, cfg.scale_rewards)  # (N,)
     # 5. the reference's log-probabilities
-    ref_logps = score_by_reference(run.reference, batch.passes, rollout, cfg)                     # (N, C)
+    ref_logps = score_by_reference(run.reference, batch.passes, rollout, cfg) if cfg.beta else None  # (N, C)
     clock.append(now())
     # 6. the policy's log-probabilities, the loss and the update
     sums = optimise(run, cfg, step, batch.passes, rollout, advantages, ref_logps)
@@ -128,7 +127,7 @@ def build_question(question, options):
 
 def render(question, num_images, template, tokenizer):
     """Fill TEMPLATES[template] with a question -> the prompt's text. Images come first, numbered if there are
-    several. An instruct prompt is the user's turn of the chat template, and the assistant's turn is opened."""
+    several. An instruct prompt is the user's turn of the chat template, and opens the assistant's."""
     numbers = [f"Picture {i + 1}: " if num_images > 1 else "" for i in range(num_images)]
     images = "".join(number + IMAGE_TOKENS for number in numbers)
     text = images + TEMPLATES[template].format(question=question)
@@ -150,22 +149,21 @@ def draw_batch(run, cfg, step):
     B, rank = cfg.prompts_per_step // run.accelerator.num_processes, run.accelerator.process_index
     numbers = run.data.draw(cfg.seed, step * cfg.prompts_per_step + rank * B, B)
     rows = [run.data[number] for number in numbers]
-    texts, images = [row_text(row, run.template, run.tokenizer) for row in rows], [row["images"] for row in rows]
+    texts = [row_text(row, run.template, run.tokenizer) for row in rows]
+    images = [row["images"] for row in rows]
     n = max(1, cfg.encode_tokens // cfg.max_prompt_length)  # no prompt is longer, so a pass has a bound
-    passes = [build_prompts(texts[i:i + n], images[i:i + n], run.tokenizer, run.image_processor, run.sampler, i)
-              for i in range(0, B, n)]
+    passes = [build_prompts(texts[i:i + n], images[i:i + n], run.tokenizer, run.image_processor, run.sampler,
+                            first=i) for i in range(0, B, n)]
     return SimpleNamespace(numbers=numbers, rows=rows, texts=texts, passes=passes)
 
 
 # ---- Step 2: run images and prompts through the model once, and branch off G completions -----------------
 
 def encode(model, prompts):
-    """A pass (`Prompts`), once -> what each layer leaves, [keys of layer 0, values of layer 0, keys of layer 1,
-    ...], each (n, kv_heads, P - 1, head_dim).
-
-    The last prompt token is left out. It becomes the first input of every completion, whose output predicts
-    the first completion token. So sampling and scoring need the keys and values only.
-    """
+    """A pass (`build_prompts`), once -> what it leaves in its layers, [keys of layer 0, values of layer 0 ...],
+    each (n, kv_heads, P - 1, head_dim). The last prompt token is left out. It becomes the first input of each
+    completion, whose output predicts the first completion token: keys and values are all that is needed.
+    Padding needs no mask here: attention is causal, so nothing that counts sees what is on its right."""
     layers = [PromptLayer() for _ in range(model.config.text_config.num_hidden_layers)]
     model.model(input_ids=prompts.input_ids[:, :-1], position_ids=prompts.position_ids[:, :, :-1],
                 pixel_values=prompts.pixel_values, image_grid_thw=prompts.image_grid_thw,
@@ -198,8 +196,9 @@ class Rollout:
 
 @torch.no_grad()
 def sample(model, passes, num_generations, limit, temperature, generator=None):
-    """Draw G completions of each prompt, of at most `limit` tokens -> Rollout. temperature 0: the likeliest."""
-    decoder, ends = Decoder(model, passes, num_generations, limit), torch.tensor(model.eos_ids).to(model.device)
+    """Draw G completions of at most `limit` tokens for each prompt -> Rollout. temperature 0: no chance."""
+    decoder = Decoder(model, passes, num_generations, limit)
+    ends = torch.tensor(model.eos_ids, device=model.device)
     N, dtype = len(decoder.rows), torch.promote_types(model.dtype, torch.float32)
     completion_ids = torch.full((N, limit), model.eos_ids[0], device=model.device)                # (N, limit)
     sampling_logps = torch.zeros((N, limit), dtype=dtype, device=model.device)                    # (N, limit)
@@ -244,9 +243,7 @@ def draw_completions(run, cfg, step, batch):
     return rollout
 
 
-# ---- Step 3: the rewards, pure functions of the text -----------------------------------------------------
-
-# There is no reward model to train or to fool.
+# ---- Step 3: the rewards, rules that judge text; there is no reward model to train or to fool ------------
 
 ANSWER_BLOCK = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 WELL_FORMED = re.compile(r"\s*<think>.*?</think>\s*<answer>.*?</answer>\s*", re.DOTALL)
@@ -259,8 +256,7 @@ def completion_text(prompt_text, completion_ids, tokenizer):
 
 
 def extract_answer(text):
-    """What is inside the one answer block; None if there is none, or several, or nothing in it. (Evaluation
-    is more lenient: eval_cvbench.read_answer.)
+    """What is inside the one answer block; None if there is none, or several, or nothing in it.
 
     >>> extract_answer("<think> two chairs </think> <answer> 2 </answer>")
     '2'
@@ -326,9 +322,8 @@ def compute_rewards(names, texts, lengths, rows, template="base"):
         values = [REWARDS[name](text, num_tokens=int(length), template=template, **rows[i // G])
                   for i, (text, length) in enumerate(zip(texts, lengths, strict=True))]
         rewards[name] = torch.tensor(values, dtype=torch.float32)                                 # (N,)
-        for text, value in zip(texts, rewards[name].tolist()):
-            if not math.isfinite(value):
-                fail(f"the reward {name} is {value} for {text[-200:]!r}. It must be a finite float32 number.")
+        if not rewards[name].isfinite().all():
+            fail(f"the reward {name} is not a finite float32 number for every completion")
     return rewards
 
 
@@ -337,10 +332,9 @@ def compute_rewards(names, texts, lengths, rows, template="base"):
 def group_advantages(rewards, num_generations, scale_rewards=True):
     """(N,) rewards -> (N,) advantages A = (R - mean) / (std + 1e-4) per group, with the unbiased std.
 
-    A reward of 1 is poor where the siblings got 2. Subtracting the group's mean keeps the expected gradient
-    and reduces its noise, without a value network (DeepSeekMath, arXiv 2402.03300, section 4.1.2; the 1e-4 is
-    the paper's code's). scale_rewards=False leaves A = R - mean: the std gives more weight to questions that
-    are nearly always right or wrong (Dr. GRPO, arXiv 2503.20783). A group without spread gets exactly 0.
+    Subtracting the group's mean keeps the expected gradient and reduces its noise (DeepSeekMath, arXiv
+    2402.03300, section 4.1.2; the 1e-4 is the paper's code's). scale_rewards=False leaves A = R - mean: the std
+    gives more weight to questions that are nearly always right or wrong (Dr. GRPO, arXiv 2503.20783).
     """
     if num_generations == 1:  # SFT: no siblings. With A = 1, step 6 follows the gradient of log pi
         return torch.ones_like(rewards)                                                           # (N,)
@@ -354,8 +348,6 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
 
 
 # ---- Step 5: the log-probability of each completion token ------------------------------------------------
-
-# All tokens are known by now, so one pass scores them all. The policy is asked in step 6, by the same `score`.
 
 def chosen_logps(model, hidden, tokens, temperature):
     """(T, H) hidden states and the (T,) tokens that followed them -> their log-probabilities and, without
@@ -393,9 +385,7 @@ def score(model, prompts, prompt_kv, group, completion_ids, completion_mask, cfg
 
 @torch.no_grad()
 def score_by_reference(reference, passes, rollout, cfg):
-    """-> (N, C) log-probabilities of the rollout by the reference; None without one (beta 0)."""
-    if reference is None:
-        return None
+    """-> (N, C) log-probabilities of the rollout by the reference. The policy's come with step 6."""
     ref_logps = torch.zeros_like(rollout.sampling_logps)                                          # (N, C)
     for prompts in passes:
         prompt_kv = reference(encode, prompts)
@@ -427,9 +417,8 @@ def weigh_tokens(lengths, finished, cfg):
 
 def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, token_weights,
               completion_mask, epsilon, epsilon_high, beta):
-    """The loss of K of the step's rows (arXiv 2402.03300, eq. 3); over all chunks it adds up to the step's.
-    *_logps, completion_mask: (K, C); advantages, token_weights: (K,). Also returns, for the log, kl and where
-    the clip acts, (K, C).
+    """The loss of K of the step's rows (arXiv 2402.03300, eq. 3), and for the log kl and where the clip acts,
+    (K, C). *_logps, completion_mask: (K, C); advantages, token_weights: (K,).
 
     Why it teaches: the expected reward grows along the mean of A * gradient of log pi(completion), over
     samples of pi (the policy gradient). While pi is pi_old, the ratio is 1 and its gradient is that of log
@@ -437,9 +426,6 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     has samples of pi_old, a policy of the past. The ratio corrects for that while it is near 1. Hence the
     clip: a token that has moved by epsilon in the direction of its A is pushed no further. And hence the min:
     one that has moved the other way is still pushed.
-
-    With one update the ratio is 1, and with loss_type "grpo" the A of a group cancel: the logged loss is
-    beta * KL, near 0. Its gradient is not 0.
     """
     A = advantages[:, None]                                                                       # (K, 1)
     # ratio = pi / pi_old
@@ -491,8 +477,8 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
                                           cfg.epsilon, cfg.epsilon_high, cfg.beta)
             loss.backward()                                                                       # stage 1
             logps[rows, :C] += pi.detach()
-            for name, values in dict(loss=loss, entropy=entropy, kl=kl * mask, clip_ratio=clipped * mask).items():
-                sums[name] += values.sum().item()
+            found = dict(loss=loss, entropy=entropy, kl=kl * mask, clip_ratio=clipped * mask)
+            sums = {name: sums[name] + found[name].sum().item() for name in sums}
         ends = [(x, leaf.grad.to(x.dtype)) for x, leaf in zip(prompt_kv, leaves) if x.requires_grad]
         if ends:  # none without an image, if only the image tower is trained
             torch.autograd.backward(*zip(*ends))                                                  # stage 2
@@ -500,7 +486,7 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
 
 
 def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
-    """num_iterations updates of the weights -> sums over tokens and the norm of the gradient, to log. An update
+    """num_iterations updates of the weights -> sums over tokens and the gradient's norm, to log. An update
     whose norm is not finite leaves the weights as they are, and is the last."""
     advantages = advantages.to(run.sampler.device)                                                # (N,)
     token_weights = own_weights(run, rollout, cfg)                                                # (N,)
@@ -508,10 +494,11 @@ def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
     run.optimizer.param_groups[0]["lr"] = cfg.learning_rate * decay
     old_logps = None  # in the first update pi_old is pi itself
     for _ in range(cfg.num_iterations):
-        logps, sums = update(run.policy, passes, rollout, advantages, token_weights, ref_logps, old_logps, cfg)
+        logps, sums = update(run.policy, passes, rollout, advantages, token_weights, ref_logps, old_logps,
+                             cfg)                                                                 # (N, C)
         old_logps = logps if old_logps is None else old_logps                                     # (N, C)
         norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm or math.inf)
-        sums["grad_norm"] = float(whole(norm))
+        sums["grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not math.isfinite(sums["grad_norm"]):
             break
         run.optimizer.step()
@@ -526,52 +513,33 @@ def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
 
 # ---- Prompts as the model takes them, and chunks of rows -------------------------------------------------
 
-@dataclass
-class Prompts:
-    """A pass: n prompts with their images. Shorter ones are padded on the right. Encoding needs no mask for
-    that: attention is causal, so nothing that counts sees the padding."""
-    input_ids: torch.Tensor                        # (n, P) with the image tokens
-    position_ids: torch.Tensor                     # (3, n, P)
-    lengths: torch.Tensor                          # (n,) tokens that are not padding
-    next_position: torch.Tensor                    # (n,) position of the first completion token
-    pixel_values: Optional[torch.Tensor] = None    # (patches of all images, numbers of a patch)
-    image_grid_thw: Optional[torch.Tensor] = None  # (images, 3) patches along time, height and width
-    first: int = 0                                 # number of the first of the n in its batch
-
-
-def expand_images(text, tokens_per_image):
-    """Repeat the i-th <|image_pad|> of the text tokens_per_image[i] times, as Qwen's own processors do."""
-    head, *rest = text.split("<|image_pad|>")
-    if len(rest) != len(tokens_per_image):
-        fail(f"a question contains the token <|image_pad|> itself. Remove it from the data: {text[-200:]!r}")
-    return head + "".join("<|image_pad|>" * n + part for n, part in zip(tokens_per_image, rest))
-
-
 def build_prompts(texts, images, tokenizer, image_processor, model, first=0):
-    """n texts from `render`, n lists of PIL images, which may be empty -> Prompts on the model's device.
+    """n texts from `render`, n lists of PIL images, which may be empty -> a pass, on the model's device:
 
-    The model's rule of positions is M-RoPE, multimodal rotary position embedding. A token has a position in
-    time, height and width; the three are equal for text. h x w image tokens advance what follows by max(h, w).
+    input_ids (n, P), padded on the right; lengths (n,) without padding; position_ids (3, n, P); next_position
+    (n,), of the first completion token; pixel_values and image_grid_thw of all images; first, the number of
+    the first prompt in its batch. Positions are M-RoPE's (multimodal rotary position embedding), in time,
+    height and width. They are equal for text, and h x w image tokens advance what follows by max(h, w).
     """
-    flat, pixels, tokens = list(itertools.chain(*images)), {}, iter(())
+    flat, tokens = list(itertools.chain(*images)), iter(())
+    pixels = dict(pixel_values=None, image_grid_thw=None)
     if flat:
-        pixels = image_processor(images=flat, return_tensors="pt")  # pixel_values and image_grid_thw
+        pixels = image_processor(images=flat, return_tensors="pt").to(model.device)
         tokens = iter((pixels["image_grid_thw"].prod(-1) // image_processor.merge_size**2).tolist())
-    texts = [expand_images(text, [next(tokens) for _ in some]) for text, some in zip(texts, images)]
-    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")             # (n, P)
-    is_image = (batch.input_ids == model.config.image_token_id).int()
+    texts = [re.sub(r"<\|image_pad\|>", lambda pad: pad[0] * next(tokens), text) for text in texts]
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt").to(model.device)
+    is_image = (batch.input_ids == model.config.image_token_id).int()                             # (n, P)
     position_ids, _ = model.model.get_rope_index(
-        batch.input_ids, mm_token_type_ids=is_image, image_grid_thw=pixels.get("image_grid_thw"),
-        attention_mask=batch.attention_mask)
-    found = dict(input_ids=batch.input_ids, position_ids=position_ids, lengths=batch.attention_mask.sum(1),
-                 next_position=position_ids.amax((0, 2)) + 1, **pixels)
-    return Prompts(**{name: x.to(model.device) for name, x in found.items()}, first=first)
+        batch.input_ids, mm_token_type_ids=is_image, image_grid_thw=pixels["image_grid_thw"],
+        attention_mask=batch.attention_mask)                                                      # (3, n, P)
+    return SimpleNamespace(input_ids=batch.input_ids, lengths=batch.attention_mask.sum(1), first=first,
+                           position_ids=position_ids, next_position=position_ids.amax((0, 2)) + 1, **pixels)
 
 
 def chunks(prompts, rollout, cfg):
-    """The rows of a pass in chunks, short ones first, with rows * longest <= score_tokens in each, or one that
-    is longer. Rows of several groups may meet. Yields their numbers in the rollout (K,), which of the n prompts
-    each belongs to (K,), completion_ids and completion_mask (K, C)."""
+    """The rows of a pass in chunks, short ones first; a chunk is one row, or rows * longest <= score_tokens.
+    Rows of several groups may meet. Yields their numbers in the rollout (K,), which of the n prompts each
+    belongs to (K,), completion_ids and completion_mask (K, C)."""
     G, lengths, found = cfg.num_generations, rollout.lengths.tolist(), []
     first = prompts.first * G
     for row in sorted(range(first, first + len(prompts.lengths) * G), key=lengths.__getitem__):
@@ -591,9 +559,8 @@ def chunks(prompts, rollout, cfg):
 # ---- Decoding --------------------------------------------------------------------------------------------
 
 class PromptLayer(DynamicLayer):
-    """A layer of the cache of keys and values. It has no state, so that checkpointing may call it twice.
-    Encoding keeps what it is given, (n, kv_heads, P - 1, head_dim). Scoring joins the prompts' and the new
-    ones; group: (K,), which of the n prompts a row belongs to."""
+    """A layer of the cache, without state: checkpointing calls it twice. Encoding keeps the keys and values
+    that it is given. Scoring joins the prompts' and the new ones; group: (K,), each row's prompt."""
     def __init__(self, keys=None, values=None, group=None):
         super().__init__()
         self.keys, self.values, self.group, self.is_initialized = keys, values, group, keys is not None
@@ -612,8 +579,8 @@ class Decoder:
 
         [ prompt without its last token | padding | last prompt token, c_1, c_2, ... | not yet written ]
 
-    All of it takes part in every step, behind a mask, so that no shape changes. A CUDA graph needs that. On a
-    GPU the step is recorded once and replayed: launching its thousand kernels takes longer than they run.
+    All of it takes part in every step, behind a mask, so that no shape changes. So a GPU can record the step
+    as a CUDA graph and replay it: launching its thousand kernels one by one takes longer than they run.
     """
     def __init__(self, model, passes, num_generations, room):
         encoded, self.model, self.graph = [encode(model, prompts) for prompts in passes], model, None
@@ -621,7 +588,7 @@ class Decoder:
         room += 8 - (longest + room) % 8  # a GPU copies a mask at each use, if its rows are no multiple of 8
         repeat = lambda parts: torch.cat(parts).repeat_interleave(num_generations, 0)
         pad = lambda x: nn.functional.pad(x, (0, 0, 0, longest - x.shape[2]))
-        kv = (repeat([pad(x) for x in parts]) for parts in zip(*encoded))      # (N, kv_heads, P - 1, head_dim)
+        kv = (repeat([pad(x) for x in parts]) for parts in zip(*encoded))     # (N, kv_heads, P - 1, head_dim)
         self.layers = [StaticLayer(longest + room) for _ in encoded[0][::2]]
         for layer in self.layers:
             layer.update(next(kv), next(kv))
@@ -692,8 +659,8 @@ SIGNS = {"°": r"^\circ ", "π": r"\pi ", "√": r"\sqrt ", "−": "-", "×": r"
 
 
 def math_reward(completion, answer, **_):
-    """1 if the answer equals the solution as mathematics, else 0, by the library math-verify and within its
-    time limits. Read is the last answer block, else the whole text. A block of several numbers is no answer."""
+    """1 if the last answer block, or else the whole text, equals the solution as mathematics, by the library
+    math-verify and within its time limits. A block of several numbers is no answer."""
     try:
         from math_verify import parse, verify
     except ImportError:
@@ -716,15 +683,10 @@ def hard_reward(completion, options, **row):
     return format_reward(completion) * right(completion, options=options, **row)
 
 
-def length_reward(completion, num_tokens, **_):
-    """0.001 per token: the paper's attempt to buy reasoning, which failed."""
-    return 0.001 * num_tokens
-
-
-# name -> function(completion, num_tokens, template, **columns of the data row) -> float. The completion begins
-# with the <think> that the base prompt ends in; an instruct model writes it itself. README.md adds a reward
-REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "hard": hard_reward, "length": length_reward,
-           "math": math_reward}
+# name -> function(completion, num_tokens, template, **columns of the data row) -> float. A completion begins
+# with the <think> that the base prompt ends in. length: the paper's attempt to buy reasoning, which failed
+REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "hard": hard_reward, "math": math_reward,
+           "length": lambda completion, num_tokens, **_: 0.001 * num_tokens}
 
 
 # ---- Models ----------------------------------------------------------------------------------------------
@@ -733,8 +695,7 @@ FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwe
 
 
 def load_processors(path, max_pixels=None):
-    """-> tokenizer, image processor. The image processor is PIL's: the same pixels everywhere, and no
-    torchvision. max_pixels: larger images are shrunk to it; None: as the model's own files say."""
+    """-> tokenizer, image processor: PIL's, which needs no torchvision. max_pixels None: as the files say."""
     limits = {"max_pixels": max_pixels} if max_pixels else {}
     try:
         return AutoTokenizer.from_pretrained(path), Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
@@ -743,10 +704,9 @@ def load_processors(path, max_pixels=None):
 
 
 def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32):
-    """Folder or hub id -> a model of one of the FAMILIES, without dropout. float32, because in bf16 updates as
-    small as 1e-6 would be rounded away. Two attributes come with it. suppressed, (V,) bool: vision tokens,
-    which would crash the next forward, and vocabulary rows without a token. eos_ids: what ends a completion,
-    the tokenizer's end token first."""
+    """Folder or hub id -> a model of FAMILIES. float32: in bf16 an update of 1e-6 is rounded away. It has new
+    attributes. suppressed, (V,) bool: vision tokens, which would crash the next forward, and vocabulary rows
+    without a token. eos_ids: what ends a completion, the tokenizer's end token first."""
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind not in FAMILIES:
@@ -769,7 +729,7 @@ def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32)
 def fast_vision(model):
     """Make two parts of the image tower faster, with the same weights. Returns the model."""
     def embed_patches(self, pixels):
-        """A matrix product: kernel and stride of this convolution are the patch. Conv3d's backward is slow."""
+        """A matrix product: this convolution's kernel and stride are the patch. Conv3d's backward is slow."""
         weight = self.proj.weight.flatten(1)                                       # (dim, numbers of a patch)
         return nn.functional.linear(pixels.to(weight.dtype), weight, self.proj.bias)          # (patches, dim)
 
@@ -786,7 +746,7 @@ def fast_vision(model):
 
     visual = model.model.visual  # methods, not functions: a deepcopy of the model will use its own weights
     visual.patch_embed.forward = MethodType(embed_patches, visual.patch_embed)
-    for block in visual.blocks if visual.config._attn_implementation == "sdpa" else []:
+    for block in visual.blocks:
         block.attn.forward = MethodType(attend, block.attn)
     return model
 
@@ -799,8 +759,8 @@ def set_threads(model):
 
 
 def choose_prompt(tokenizer, prompt="auto"):
-    """-> name of a template. auto: instruct if the chat template knows roles, else base. (The template that is
-    saved with base models knows none: eval_cvbench.SERVED_PROMPT.)"""
+    """-> name of a template. auto: instruct if the chat template knows roles, else base. (The one saved with
+    base models knows none: eval_cvbench.SERVED_PROMPT.)"""
     has_roles = "role" in (tokenizer.chat_template or "")
     if prompt.startswith("instruct") and not has_roles:
         fail(f"--prompt {prompt}: the model has no chat template with roles. Leave it out.")
@@ -826,11 +786,8 @@ def checkpoint_layers(model):
 
 
 def build_models(cfg, start, device, tokenizer, sharded):
-    """Folder or hub id `start` -> policy (on the CPU with cpu_offload), sampler, reference (or None).
-
-    The policy's weights are float32. Sampler and reference have plain copies, in bf16 on a GPU. Alone on a CPU,
-    the policy itself samples.
-    """
+    """Folder or hub id `start` -> policy, sampler, reference (or None). The policy's weights are float32. The
+    others are plain copies, in bf16 on a GPU. Alone on a CPU, the policy itself samples."""
     on_gpu = device.type == "cuda"
     model = load_model(start, tokenizer, cfg.attn_implementation).to("cpu" if cfg.cpu_offload else device)
     set_threads(model)
@@ -849,12 +806,9 @@ def build_models(cfg, start, device, tokenizer, sharded):
     return Policy(model, autocast=on_gpu and not sharded), sampler, reference
 
 
-# ---- One process or many ---------------------------------------------------------------------------------
+# ---- One process is plain; several, or one with --cpu_offload, are sharded (FSDP2) -----------------------
 
-# One process is plain. Several, or one with --cpu_offload, are sharded by FSDP2 (fully sharded data parallel).
-
-# cuDNN's attention prepares anew for each new shape, and its gradients can be nan behind a mask (pytorch issue
-# 196678). flash and memory-efficient attention do neither
+# cuDNN's attention prepares anew for each shape, and its gradients can be nan behind a mask (pytorch 196678)
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -871,14 +825,13 @@ def make_accelerator(cfg):
                                              timeout=timedelta(hours=2), **where)
     accelerator = Accelerator(mixed_precision="bf16" if on_gpu else "no", cpu=not on_gpu)  # not a Mac's "mps"
     if cfg.prompts_per_step % accelerator.num_processes:
-        fail(f"--prompts_per_step {cfg.prompts_per_step}: must be a multiple of {accelerator.num_processes} "
-             "processes")
+        fail(f"{accelerator.num_processes} processes cannot share --prompts_per_step {cfg.prompts_per_step}")
     return accelerator
 
 
 def shard(run, cfg):
-    """Shard float32 weights, gradients and optimizer state over the processes. Compute in bf16 on GPUs and add
-    gradients up in float32. (accelerate's own "bf16" would add them up in bf16.)"""
+    """Fully sharded data parallel: float32 weights, gradients and optimizer state over the processes. On GPUs
+    layers compute in bf16, and gradients add up in float32. (accelerate's "bf16" adds them up in bf16.)"""
     state, on_gpu = run.accelerator.state, run.accelerator.device.type == "cuda"
     bf16 = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     state.distributed_type = DistributedType.FSDP  # by hand: accelerate's argument would give a CPU DDP
@@ -908,16 +861,13 @@ def own_weights(run, rollout, cfg):
     return n * weights.chunk(n)[run.accelerator.process_index].float()                            # (N,)
 
 
-def whole(x):
-    return x.full_tensor() if isinstance(x, DTensor) else x
-
-
 @torch.no_grad()
 def refresh(sampler, policy):
     """Copy the policy's weights, sharded or not, into the sampler."""
     for copy, weight in zip(sampler.parameters(), policy.model.parameters(), strict=True):
         if copy is not weight:
-            copy.copy_(whole(weight.to(copy.device)))
+            weight = weight.to(copy.device)
+            copy.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
 
 
 # ---- Small things, and the files of a run ----------------------------------------------------------------
@@ -935,27 +885,21 @@ def now():
 
 
 def seeded(*key):
-    """random.Random of `key` alone, such as (seed, "sample", step, rank). No draw depends on an earlier one,
-    so a resumed run has nothing to replay."""
+    """random.Random of `key` alone, say (seed, "sample", step, rank): a resumed run has nothing to replay."""
     return random.Random("/".join(map(str, key)))
 
 
 def checkpoints(output_dir):
     """-> its complete checkpoint-N folders, oldest first; `save` gives them the name when they are."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
-    return sorted(found, key=steps_of)
-
-
-def steps_of(checkpoint):
-    """.../checkpoint-N -> N"""
-    return int(Path(checkpoint).name[11:])
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.suffix != ".tmp"]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def save(folder, run, with_state=False):
-    """Write a plain model directory, and in state/ what resuming needs beside it. The folder gets its name only
+    """Write a plain model directory, and in state/ what resuming needs beside it. The folder gets its name
     when it is complete. All processes take part."""
-    temporary, is_main, model = folder.with_name(folder.name + ".tmp"), run.accelerator.is_main_process, \
-        run.policy.model
+    is_main, model = run.accelerator.is_main_process, run.policy.model
+    temporary = folder.with_name(folder.name + ".tmp")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(run.policy, options=options)  # whole, on the main process
     try:
@@ -973,25 +917,15 @@ def save(folder, run, with_state=False):
             distributed_checkpoint.save(state, checkpoint_id=temporary / "state")
     # what a full disk raises in python, torch, safetensors and torch's checkpoints
     except (OSError, RuntimeError, SafetensorError, distributed_checkpoint.api.CheckpointException) as error:
-        free = shutil.disk_usage(run.output_dir).free / 2**20  # torch's own reason can be a riddle
         shutil.rmtree(temporary, ignore_errors=True)
-        fail(f"{folder} could not be saved ({str(error).strip().splitlines()[-1]}; {free:.0f} MiB free on the "
-             f"disk). Earlier checkpoints are whole. Make room, then --resume --output_dir {run.output_dir}")
+        fail(f"{folder} could not be saved: {str(error).strip().splitlines()[-1]}. Earlier ones are whole: make "
+             f"room, then --resume --output_dir {run.output_dir}")
     run.accelerator.wait_for_everyone()
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
-        for old in checkpoints(run.output_dir)[:-run.cfg.save_total_limit] if run.cfg.save_total_limit else []:
+        for old in checkpoints(run.output_dir)[:-(run.cfg.save_total_limit or 10**9)]:
             shutil.rmtree(old)
-
-
-def load_optimizer(folder, run):
-    """state/ of a checkpoint -> the optimizer, however many processes saved it."""
-    if not (folder / "state").exists():
-        fail(f"--resume: {folder} has no state/, so training cannot go on from it. Remove it.")
-    state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
-    distributed_checkpoint.load(state, checkpoint_id=folder / "state")
-    set_optimizer_state_dict(run.policy, run.optimizer, state["optimizer"])
 
 
 def is_used(folder):
@@ -1005,21 +939,15 @@ def claim(cfg):
     for n in itertools.count(1):
         folder = Path(cfg.output_dir or RUNS / (cfg.preset if n == 1 else f"{cfg.preset}-{n}"))
         lock = FileLock(folder / ".lock", blocking=False)
-        with suppress(Timeout):
-            if cfg.resume or not is_used(folder):
-                folder.mkdir(parents=True, exist_ok=True)
+        if cfg.resume or not is_used(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with suppress(Timeout):
                 lock.acquire()
-            if lock.is_locked and (cfg.resume or not is_used(folder)):
-                return folder, lock
+        if lock.is_locked and (cfg.resume or not is_used(folder)):
+            return folder, lock
         lock.release()
         if cfg.output_dir:
-            fail(f"--output_dir {folder} is not empty or in use. Choose a new one, or go on with it by --resume.")
-
-
-def fingerprint(path):
-    """Digests of a file's bytes, or of a model folder's weights -> list. A hub id stands for itself."""
-    files = [file for file in sorted(Path(path).glob("*.safetensors")) or [Path(path)] if file.is_file()]
-    return [hashlib.sha256(file.read_bytes()).hexdigest()[:12] for file in files] or [str(path)]
+            fail(f"--output_dir {folder} is not empty or in use. Choose another, or go on by --resume.")
 
 
 # ---- Settings --------------------------------------------------------------------------------------------
@@ -1034,10 +962,10 @@ def setting(default, help):
 
 @dataclass
 class Config:
-    """Every setting of a run. Precedence: these defaults, which are the paper's recipe < --preset < the run to
-    --resume < command line."""
+    """Every setting. The defaults are the paper's recipe. --preset, the run to --resume and the command line
+    overrule them, in this order."""
     # what to train, on what
-    preset: str = setting("toy", "toy (offline, on a CPU), sat (the paper), sat-sft or vision-r1")
+    preset: Literal["toy", "sat", "sat-sft", "vision-r1"] = setting("toy", "a task with its settings")
     model_name_or_path: str = setting("Qwen/Qwen2-VL-2B", "model to start from: a folder or a hub id")
     data: str = setting(f"{HERE}/data/sat", "Parquet file from prepare_sat.py, or folder with train.parquet")
     output_dir: Optional[str] = setting(None, "folder of the run; default: runs/PRESET, or runs/PRESET-2 ...")
@@ -1049,7 +977,7 @@ class Config:
     prompt: Literal["auto", "base", "instruct", "base-direct", "instruct-direct"] = setting(
         "auto", "by the chat template; or base, instruct; with -direct: no reasoning")
     max_prompt_length: int = setting(1024, "tokens, images included; longer prompts are dropped, never cut")
-    max_pixels: Optional[int] = setting(401408, "larger images are shrunk to it: 512 tokens of 28 x 28 pixels")
+    max_pixels: Optional[int] = setting(401408, "larger images are shrunk: 512 tokens of 28 x 28 pixels")
     prompts_per_step: int = setting(8, "B, questions per step, over all processes")
     num_generations: int = setting(8, "G, completions per prompt")
     max_completion_length: int = setting(700, "tokens at most per completion")
@@ -1071,7 +999,7 @@ class Config:
     # memory
     encode_tokens: int = setting(8192, "prompt tokens encoded at a time, or one prompt")
     score_tokens: int = setting(16384, "completion tokens scored at a time, or one completion")
-    gradient_checkpointing: bool = setting(True, "compute layers again in the backward instead of keeping them")
+    gradient_checkpointing: bool = setting(True, "compute layers twice instead of keeping them")
     cpu_offload: bool = setting(False, "float32 weights, gradients and optimizer state in CPU memory")
     attn_implementation: str = setting("sdpa", "for scoring: sdpa, eager, or flash_attention_2 if installed")
     # files
@@ -1083,23 +1011,23 @@ class Config:
 
 
 PRESETS = {
-    "toy": dict(model_name_or_path=f"{TOY}/base", data=f"{TOY}", eval_data=f"{TOY}/cvbench,{TOY}/test.parquet",
-                max_prompt_length=256, max_pixels=None, prompts_per_step=16, max_completion_length=64,
-                max_steps=100, learning_rate=2e-4, beta=0.01, score_tokens=2048, gradient_checkpointing=False,
-                save_steps=50, eval_steps=10),
+    "toy": dict(model_name_or_path=f"{TOY}/base", data=str(TOY), max_pixels=None, max_prompt_length=256,
+                max_completion_length=64, max_steps=160, learning_rate=7e-5, beta=0.01, score_tokens=2048,
+                gradient_checkpointing=False, save_steps=80, eval_steps=10,
+                eval_data=f"{TOY}/cvbench,{TOY}/test.parquet"),
     "sat": {},
     # the paper's baseline: the same questions, answered without reasoning; 3750 x 8 is twice 15,000 rows
     "sat-sft": dict(algorithm="sft", learning_rate=2e-5, max_steps=3750, loss_type="dapo"),
     # stage 1 of Vision-R1 (arXiv 2503.06749), after its cold start; README.md has all of it
-    "vision-r1": dict(model_name_or_path="Qwen/Qwen2.5-VL-7B-Instruct", data=f"{HERE}/data/own", rewards="hard",
-                      beta=0.01, lr_scheduler_type="constant", max_steps=100, max_completion_length=4096,
-                      num_generations=16),
+    "vision-r1": dict(model_name_or_path="Qwen/Qwen2.5-VL-7B-Instruct", data=f"{HERE}/data/own", beta=0.01,
+                      rewards="hard", lr_scheduler_type="constant", max_steps=100, num_generations=16,
+                      max_completion_length=4096),
 }
 # setting -> its least value. A comparison with nan is false
-LEAST = dict(prompts_per_step=1, num_generations=1, max_completion_length=1, max_prompt_length=1, max_steps=1,
-             num_iterations=1, encode_tokens=1, score_tokens=1, save_steps=1, save_total_limit=1, eval_steps=0,
-             eval_limit=1, max_pixels=1, temperature=0.01, beta=0, epsilon=0, epsilon_high=0, max_grad_norm=0,
-             learning_rate=0)
+LEAST = dict(num_generations=2, temperature=0.01, beta=0, epsilon=0, epsilon_high=0, max_grad_norm=0,
+             learning_rate=0, eval_steps=0, **dict.fromkeys(
+                 "prompts_per_step max_steps max_prompt_length max_completion_length num_iterations "
+                 "max_pixels encode_tokens score_tokens save_steps save_total_limit eval_limit".split(), 1))
 # settings of earlier versions -> the values at which a run can go on without them
 REMOVED = dict(overwrite=[False, True], stages=[None], reward_file=[None], min_pixels=[None, 3136],
                weight_decay=[0.0], log_with=[None])
@@ -1112,21 +1040,15 @@ def parse_config(argv=None):
     given, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     folder = Path(given.output_dir or RUNS / given.preset).expanduser().absolute()
     saved = saved_settings(folder) if given.resume else {}
-    preset = saved.get("preset", given.preset)
-    if preset not in PRESETS:
-        fail(f"--preset {preset} is unknown. Choose one of: {', '.join(PRESETS)}.")
-    parser.set_defaults(**PRESETS[preset] | saved)
-    cfg, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        fail(f"unknown argument {unknown[0]}. `python grpo_vision.py --help` lists them all.")
-    if cfg.output_dir or cfg.resume:
-        cfg.output_dir = str(folder)
+    parser.set_defaults(**PRESETS[saved.get("preset", given.preset)] | saved)
+    cfg = Config(**vars(parser.parse_args(argv)))
+    cfg.output_dir = str(folder) if cfg.output_dir or cfg.resume else None
     cfg.model_name_or_path, cfg.data = absolute(cfg.model_name_or_path), absolute(cfg.data)
     cfg.eval_data = ",".join(map(absolute, cfg.eval_data.split(",")))
     cfg.rewards = cfg.rewards.replace(" ", "")
-    if cfg.algorithm == "sft":  # one completion per prompt, rewarded for the log only; nothing to stay close to
-        cfg.num_generations, cfg.beta, cfg.temperature = 1, 0.0, 1.0
     check_config(cfg)
+    if cfg.algorithm == "sft":  # one completion per prompt, rewarded for the log; nothing to stay close to
+        cfg.num_generations, cfg.beta, cfg.temperature = 1, 0.0, 1.0
     return cfg
 
 
@@ -1152,7 +1074,7 @@ def saved_settings(folder):
     for name in sorted(saved.keys() - {setting.name for setting in fields(Config)}):
         value = saved.pop(name)
         if value not in REMOVED.get(name, []):
-            fail(f"{folder}/config.json: this version has no {name} {value}. Continue with the one that began.")
+            fail(f"{folder}/config.json has {name} {value}. Go on with the version that began the run.")
         print(f"{folder}/config.json: {name} is no longer a setting and is ignored.")
     return saved
 
@@ -1163,32 +1085,30 @@ def check_config(cfg):
         value = getattr(cfg, flag)
         if value is not None and not least <= value < math.inf:
             fail(f"--{flag} {value}: must be a number from {least} on")
-    if cfg.algorithm == "grpo" and cfg.num_generations < 2:
-        fail("--num_generations 1: at least 2, or a completion has no siblings to beat")
     for name in cfg.rewards.split(","):
         if name not in REWARDS:
             fail(f"--rewards {name} is unknown. Choose from: {', '.join(REWARDS)}.")
         if cfg.prompt.endswith("-direct") and name in ("format", "hard"):
             fail(f"--rewards {name}: --prompt {cfg.prompt} asks for no blocks. Say --rewards accuracy.")
-    if Path(cfg.model_name_or_path).exists() and not Path(cfg.model_name_or_path, "config.json").exists():
-        fail(f"--model_name_or_path {cfg.model_name_or_path} has no config.json. Give the folder of a model.")
 
 
 # ---- A run -----------------------------------------------------------------------------------------------
 
 def setup(cfg):
     """-> all that a run works with, in one namespace, and the number of steps already done."""
-    import eval_cvbench
+    import eval_cvbench  # here, because these import this module
     import prepare_sat
-    run = SimpleNamespace(cfg=cfg, accelerator=make_accelerator(cfg))
+    run = SimpleNamespace(cfg=cfg, accelerator=make_accelerator(cfg), evaluation=eval_cvbench)
     is_main, count = run.accelerator.is_main_process, run.accelerator.num_processes
     sharded = count > 1 or cfg.cpu_offload
     if is_main and cfg.resume:
         run.output_dir, run.lock = claim(cfg)
     last = checkpoints(cfg.output_dir)[-1:] if cfg.resume else []
-    start, done = (last[0], steps_of(last[0])) if last else (cfg.model_name_or_path, 0)
+    start, done = (last[0], int(last[0].name[11:])) if last else (cfg.model_name_or_path, 0)
+    if done and not (start / "state").exists():
+        fail(f"--resume: {start} has no state/, so training cannot go on from it. Remove it.")
     if done >= cfg.max_steps:
-        run.accelerator.print(f"{cfg.output_dir} has done {done} steps of {cfg.max_steps}. Nothing is left to do.")
+        run.accelerator.print(f"{cfg.output_dir} has done {done} steps of {cfg.max_steps}. It is complete.")
         sys.exit(0)
     run.tokenizer, run.image_processor = load_processors(start, cfg.max_pixels)
     run.template, run.data = choose_prompt(run.tokenizer, cfg.prompt), prepare_sat.TrainingData(cfg.data)
@@ -1205,40 +1125,39 @@ def setup(cfg):
     if sharded:
         shard(run, cfg)
     if done:
-        load_optimizer(start, run)
+        state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
+        distributed_checkpoint.load(state, checkpoint_id=start / "state")  # however many processes saved it
+        set_optimizer_state_dict(run.policy, run.optimizer, state["optimizer"])
     if is_main and not cfg.resume:
         run.output_dir, run.lock = claim(cfg)
     run.output_dir, = broadcast_object_list([run.output_dir if is_main else None])
     if is_main:
         eval_cvbench.open_logs(run, done)
-    wrapper = "sharded by FSDP2" if sharded else "no wrapper"
+    size, kind = f"{run.sampler.num_parameters() / 1e6:.1f}M parameters", run.sampler.device.type
     run.accelerator.print(
-        f"{run.output_dir}: {run.sampler.num_parameters() / 1e6:.1f}M parameters, {len(run.data.kept)} questions, "
-        f"prompt {run.template}, steps {done + 1} to {cfg.max_steps}\n{count} x {run.sampler.device.type}, "
-        f"{wrapper}, float32 weights, computing in {str(run.sampler.dtype)[6:]}, {cfg.attn_implementation}")
+        f"{run.output_dir}: {size}, {len(run.data.kept)} questions, prompt {run.template}, steps {done + 1} to "
+        f"{cfg.max_steps}\n{count} x {kind}, {'FSDP2' if sharded else 'no wrapper'}, {str(run.sampler.dtype)[6:]}")
     return run, done
 
 
 def main(argv=None):
-    import eval_cvbench  # draws and evaluates; it imports this module, so not before this module is whole
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, and meant so
     cfg = parse_config(argv)
     run, done = setup(cfg)
     if cfg.eval_steps and not done:
-        eval_cvbench.evaluate_policy(run, 0)
+        run.evaluation.evaluate_policy(run, 0)
     stop_asked = []  # Ctrl-C and SIGTERM let the step end and save; a second one ends the program
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: (stop_asked.append(1), signal.signal(number, signal.SIG_DFL)))
-
     for step in tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
                      disable=not run.accelerator.is_main_process):
         came = train_step(run, cfg, step)
-        eval_cvbench.log_step(run, step + 1, came)  # which ends the run, if the gradient is not finite
+        run.evaluation.log_step(run, step + 1, came)  # which ends the run, if the gradient is not finite
         last, stopping = step + 1 == cfg.max_steps, any(gather_object([bool(stop_asked)]))
         if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or last):
-            eval_cvbench.evaluate_policy(run, step + 1)
+            run.evaluation.evaluate_policy(run, step + 1)
         if (step + 1) % cfg.save_steps == 0 or last or stopping:
             save(run.output_dir / f"checkpoint-{step + 1}", run, with_state=True)
         if stopping and not last:
@@ -1246,7 +1165,7 @@ def main(argv=None):
                                   f"with --resume --output_dir {run.output_dir}")
             return
     save(run.output_dir / "final", run)
-    eval_cvbench.report_run(run)
+    run.evaluation.report_run(run)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from PIL import Image as Picture, ImageOps
 from tqdm import tqdm
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from grpo_vision import (HERE, accuracy_reward, expand_images, extract_answer, fail, format_reward, row_text,
+from grpo_vision import (HERE, accuracy_reward, extract_answer, fail, format_reward, row_text,
                          seeded)
 
 TEXT, TEXTS = Value("string"), List(Value("string"))
@@ -404,11 +404,13 @@ class TrainingData:
                 fail(f"{where}: question or answer is empty, or the answer is not an option. Remove the row.")
             if need_image and not images:
                 fail(f"{where} has no image. Only one process can train on it: several all run the image tower.")
+            text = row_text(row, template, tokenizer)
+            if text.count("<|image_pad|>") != len(images):
+                fail(f"{where}: its question contains the token <|image_pad|>. Remove the row.")
             sizes = [open_image(image, where, decode=False).size[::-1] for image in images]
-            tokens = [image_processor.get_number_of_image_patches(*size) // image_processor.merge_size**2
-                      for size in sizes]
-            text = expand_images(row_text(row, template, tokenizer), tokens)
-            kept += [number] if len(tokenizer(text).input_ids) <= max_prompt_length else []
+            patches = sum(image_processor.get_number_of_image_patches(*size) for size in sizes)
+            length = len(tokenizer(text).input_ids) - len(images) + patches // image_processor.merge_size**2
+            kept += [number] if length <= max_prompt_length else []
         if len(kept) < len(self.table):
             print(f"dropped {len(self.table) - len(kept)} of {len(self.table)} rows: prompts over {max_prompt_length}")
         if not kept:
