@@ -160,7 +160,7 @@ def draw_batch(run, cfg, step):
 # ---- Step 2: run images and prompts through the model once, and branch off G completions -----------------
 
 def encode(model, prompts):
-    """A pass (`build_prompts`), once -> what it leaves in its layers, [keys of layer 0, values of layer 0 ...],
+    """A pass (`build_prompts`) -> what it leaves in each layer, [keys of layer 0, values of layer 0, ...],
     each (n, kv_heads, P - 1, head_dim). The last prompt token is left out. It becomes the first input of each
     completion, whose output predicts the first completion token: keys and values are all that is needed.
     Padding needs no mask here: attention is causal, so nothing that counts sees what is on its right."""
@@ -184,8 +184,7 @@ def token_logps(model, hidden, temperature):
 
 @dataclass
 class Rollout:
-    """G completions of each prompt, prompt-major. (The paper's code has completions sample-major, but images
-    and answers prompt-major, which is right for one prompt per device only.)"""
+    """G completions of each prompt, prompt-major. (The paper's code is so for one prompt per device only.)"""
     completion_ids: torch.Tensor   # (N, C) padded on the right
     completion_mask: torch.Tensor  # (N, C) bool, True up to the end token, which counts: it was chosen too
     sampling_logps: torch.Tensor   # (N, C) log-probability of each token when it was drawn
@@ -229,8 +228,7 @@ def sample(model, passes, num_generations, limit, temperature, generator=None):
 
 
 def draw_completions(run, cfg, step, batch):
-    """G completions of each prompt by the policy -> Rollout. In supervised fine-tuning (SFT) the data's own
-    stand in their place."""
+    """G completions of each prompt by the policy; in SFT (supervised fine-tuning) the data's own -> Rollout."""
     if cfg.algorithm == "sft":
         rollout = given_completions(run, cfg, batch)
     else:
@@ -289,8 +287,7 @@ def choose(answer, options):
 
 
 def grade(answer, solution, options, choose=choose):
-    """Does `answer` choose `solution` out of `options`? Without options it has to be the solution's text.
-    Evaluation grades with a `choose` of its own, which also understands sentences."""
+    """Does `answer` choose `solution` out of `options`, or is it its text? Evaluation's `choose` reads more."""
     return any(text is not None and normalise(text) == normalise(solution)
                for text in (answer, choose(answer, options)))
 
@@ -333,8 +330,8 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
     """(N,) rewards -> (N,) advantages A = (R - mean) / (std + 1e-4) per group, with the unbiased std.
 
     Subtracting the group's mean keeps the expected gradient and reduces its noise (DeepSeekMath, arXiv
-    2402.03300, section 4.1.2; the 1e-4 is the paper's code's). scale_rewards=False leaves A = R - mean: the std
-    gives more weight to questions that are nearly always right or wrong (Dr. GRPO, arXiv 2503.20783).
+    2402.03300, section 4.1.2; the 1e-4 is from the paper's code). scale_rewards=False leaves A = R - mean: the
+    std gives more weight to questions that are nearly always right or wrong (Dr. GRPO, arXiv 2503.20783).
     """
     if num_generations == 1:  # SFT: no siblings. With A = 1, step 6 follows the gradient of log pi
         return torch.ones_like(rewards)                                                           # (N,)
@@ -360,7 +357,6 @@ def chosen_logps(model, hidden, tokens, temperature):
 
 def score(model, prompts, prompt_kv, group, completion_ids, completion_mask, cfg):
     """Log-probabilities and entropy of K completions, each (K, C), 0 where masked.
-
     prompt_kv: from `encode`. group: (K,), which of the n prompts a row belongs to. Each row sees the keys and
     values of its prompt, which are not computed again, and its own past. Its inputs begin with the last
     prompt token, one position before next_position. What pads it on the right comes after all that counts.
@@ -488,8 +484,11 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
 def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
     """num_iterations updates of the weights -> sums over tokens and the gradient's norm, to log. An update
     whose norm is not finite leaves the weights as they are, and is the last."""
-    advantages = advantages.to(run.sampler.device)                                                # (N,)
-    token_weights = own_weights(run, rollout, cfg)                                                # (N,)
+    accelerator, n = run.accelerator, run.accelerator.num_processes
+    weights = weigh_tokens(accelerator.gather(rollout.lengths), accelerator.gather(rollout.finished), cfg)
+    # those of this process's rows; n times, because the gradients of n processes are averaged
+    token_weights = n * weights.chunk(n)[accelerator.process_index].float()                       # (N,)
+    advantages = advantages.to(token_weights.device)                                              # (N,)
     decay = 1 - step / cfg.max_steps if cfg.lr_scheduler_type == "linear" else 1
     run.optimizer.param_groups[0]["lr"] = cfg.learning_rate * decay
     old_logps = None  # in the first update pi_old is pi itself
@@ -497,7 +496,7 @@ def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
         logps, sums = update(run.policy, passes, rollout, advantages, token_weights, ref_logps, old_logps,
                              cfg)                                                                 # (N, C)
         old_logps = logps if old_logps is None else old_logps                                     # (N, C)
-        norm = run.accelerator.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm or math.inf)
+        norm = accelerator.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm or math.inf)
         sums["grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not math.isfinite(sums["grad_norm"]):
             break
@@ -655,9 +654,6 @@ def given_completions(run, cfg, batch):
     return Rollout(ids, mask, torch.zeros(ids.shape, device=ids.device), finished)
 
 
-SIGNS = {"°": r"^\circ ", "π": r"\pi ", "√": r"\sqrt ", "−": "-", "×": r"\times ", "²": "^2", "$": ""}
-
-
 def math_reward(completion, answer, **_):
     """1 if the last answer block, or else the whole text, equals the solution as mathematics, by the library
     math-verify and within its time limits. A block of several numbers is no answer."""
@@ -666,8 +662,10 @@ def math_reward(completion, answer, **_):
     except ImportError:
         fail("the reward math needs the library math-verify: pip install math-verify")
 
+    signs = {"°": r"^\circ ", "π": r"\pi ", "√": r"\sqrt ", "−": "-", "×": r"\times ", "²": "^2", "$": ""}
+
     def read(text, in_block=True):
-        for sign, latex in SIGNS.items():
+        for sign, latex in signs.items():
             text = text.replace(sign, latex)
         text = re.sub(r"^\s*final answer\s*:|(?<=\d),(?=\d{3}\b)", "", text, flags=re.IGNORECASE)
         several = in_block and len(set(re.findall(r"\d+\.?\d*", text))) > 1
@@ -691,9 +689,6 @@ REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "hard": hard_re
 
 # ---- Models ----------------------------------------------------------------------------------------------
 
-FAMILIES = {"qwen2_vl": "Qwen2-VL", "qwen2_5_vl": "Qwen2.5-VL", "qwen3_vl": "Qwen3-VL"}
-
-
 def load_processors(path, max_pixels=None):
     """-> tokenizer, image processor: PIL's, which needs no torchvision. max_pixels None: as the files say."""
     limits = {"max_pixels": max_pixels} if max_pixels else {}
@@ -704,13 +699,13 @@ def load_processors(path, max_pixels=None):
 
 
 def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32):
-    """Folder or hub id -> a model of FAMILIES. float32: in bf16 an update of 1e-6 is rounded away. It has new
-    attributes. suppressed, (V,) bool: vision tokens, which would crash the next forward, and vocabulary rows
-    without a token. eos_ids: what ends a completion, the tokenizer's end token first."""
+    """Folder or hub id -> a Qwen-VL. float32: in bf16 an update of 1e-6 is rounded away. Two attributes are new.
+    suppressed, (V,) bool: vision tokens, which would crash the next forward, and vocabulary rows without a
+    token. eos_ids: what ends a completion, the tokenizer's end token first."""
     try:
         kind = AutoConfig.from_pretrained(path).model_type
-        if kind not in FAMILIES:
-            fail(f"{path} is a {kind} model. This program trains {', '.join(FAMILIES.values())}.")
+        if kind not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
+            fail(f"{path} is a {kind} model. This program trains Qwen2-VL, Qwen2.5-VL and Qwen3-VL.")
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True)
     except (OSError, ImportError, ValueError, SafetensorError) as error:
@@ -853,14 +848,6 @@ def shard(run, cfg):
     run.optimizer = optimizer.optimizer  # itself, which torch.distributed.checkpoint knows
 
 
-def own_weights(run, rollout, cfg):
-    """(N,) the weight of a token of each of this process's rows. The mean of all processes' losses is the
-    step's, as FSDP averages their gradients."""
-    n, gather = run.accelerator.num_processes, run.accelerator.gather
-    weights = weigh_tokens(gather(rollout.lengths), gather(rollout.finished), cfg)  # of all processes' rows
-    return n * weights.chunk(n)[run.accelerator.process_index].float()                            # (N,)
-
-
 @torch.no_grad()
 def refresh(sampler, policy):
     """Copy the policy's weights, sharded or not, into the sampler."""
@@ -918,8 +905,8 @@ def save(folder, run, with_state=False):
     # what a full disk raises in python, torch, safetensors and torch's checkpoints
     except (OSError, RuntimeError, SafetensorError, distributed_checkpoint.api.CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        fail(f"{folder} could not be saved: {str(error).strip().splitlines()[-1]}. Earlier ones are whole: make "
-             f"room, then --resume --output_dir {run.output_dir}")
+        fail(f"{folder} could not be saved: {str(error).strip().splitlines()[-1]}. Earlier ones are whole. "
+             f"Make room, then --resume --output_dir {run.output_dir}")
     run.accelerator.wait_for_everyone()
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)
@@ -1135,8 +1122,8 @@ def setup(cfg):
         eval_cvbench.open_logs(run, done)
     size, kind = f"{run.sampler.num_parameters() / 1e6:.1f}M parameters", run.sampler.device.type
     run.accelerator.print(
-        f"{run.output_dir}: {size}, {len(run.data.kept)} questions, prompt {run.template}, steps {done + 1} to "
-        f"{cfg.max_steps}\n{count} x {kind}, {'FSDP2' if sharded else 'no wrapper'}, {str(run.sampler.dtype)[6:]}")
+        f"{run.output_dir}: {size}, {len(run.data.kept)} questions, prompt {run.template}, steps {done + 1} "
+        f"to {cfg.max_steps}\n{count} x {kind}, {'FSDP2' if sharded else 'no wrapper'}, {run.sampler.dtype}")
     return run, done
 
 
