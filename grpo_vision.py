@@ -184,7 +184,7 @@ def token_logps(model, hidden, temperature):
 
 @dataclass
 class Rollout:
-    """G completions of each prompt, prompt-major. (The paper's code is so for one prompt per device only.)"""
+    """G completions of each prompt, prompt-major."""
     completion_ids: torch.Tensor   # (N, C) padded on the right
     completion_mask: torch.Tensor  # (N, C) bool, True up to the end token, which counts: it was chosen too
     sampling_logps: torch.Tensor   # (N, C) log-probability of each token when it was drawn
@@ -228,7 +228,7 @@ def sample(model, passes, num_generations, limit, temperature, generator=None):
 
 
 def draw_completions(run, cfg, step, batch):
-    """G completions of each prompt by the policy; in SFT (supervised fine-tuning) the data's own -> Rollout."""
+    """G completions of each prompt by the policy; in SFT (supervised fine-tuning) the data's -> Rollout."""
     if cfg.algorithm == "sft":
         rollout = given_completions(run, cfg, batch)
     else:
@@ -287,7 +287,7 @@ def choose(answer, options):
 
 
 def grade(answer, solution, options, choose=choose):
-    """Does `answer` choose `solution` out of `options`, or is it its text? Evaluation's `choose` reads more."""
+    """Does `answer` choose `solution` out of `options`, or is it its text? Evaluation's choose reads more."""
     return any(text is not None and normalise(text) == normalise(solution)
                for text in (answer, choose(answer, options)))
 
@@ -330,9 +330,8 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
     """(N,) rewards -> (N,) advantages A = (R - mean) / (std + 1e-4) per group, with the unbiased std.
 
     Subtracting the group's mean keeps the expected gradient and reduces its noise (DeepSeekMath, arXiv
-    2402.03300, section 4.1.2; the 1e-4 is from the paper's code). scale_rewards=False leaves A = R - mean: the
-    std gives more weight to questions that are nearly always right or wrong (Dr. GRPO, arXiv 2503.20783).
-    """
+    2402.03300, section 4.1.2; the 1e-4 is from the paper's code). scale_rewards=False leaves A = R - mean:
+    std gives more weight to questions that are nearly always right or wrong (Dr. GRPO, arXiv 2503.20783)."""
     if num_generations == 1:  # SFT: no siblings. With A = 1, step 6 follows the gradient of log pi
         return torch.ones_like(rewards)                                                           # (N,)
     R = rewards.view(-1, num_generations)                                                         # (B, G)
@@ -359,8 +358,7 @@ def score(model, prompts, prompt_kv, group, completion_ids, completion_mask, cfg
     """Log-probabilities and entropy of K completions, each (K, C), 0 where masked.
     prompt_kv: from `encode`. group: (K,), which of the n prompts a row belongs to. Each row sees the keys and
     values of its prompt, which are not computed again, and its own past. Its inputs begin with the last
-    prompt token, one position before next_position. What pads it on the right comes after all that counts.
-    """
+    prompt token, one position before next_position. What pads it on the right comes after all that counts."""
     (K, C), P, device = completion_ids.shape, prompts.input_ids.shape[1], completion_ids.device
     last = prompts.lengths[group][:, None] - 1                                                    # (K, 1)
     inputs = torch.cat([prompts.input_ids[group].gather(1, last), completion_ids[:, :-1]], 1)     # (K, C)
@@ -421,8 +419,7 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     pi: every token is pushed up or down by its A. A further update on the same rollout (num_iterations > 1)
     has samples of pi_old, a policy of the past. The ratio corrects for that while it is near 1. Hence the
     clip: a token that has moved by epsilon in the direction of its A is pushed no further. And hence the min:
-    one that has moved the other way is still pushed.
-    """
+    one that has moved the other way is still pushed."""
     A = advantages[:, None]                                                                       # (K, 1)
     # ratio = pi / pi_old
     ratio = (per_token_logps - old_per_token_logps).exp()                                         # (K, C)
@@ -430,7 +427,7 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))   # (K, C)
     per_token_loss = -torch.min(ratio * A, clipped * A)                                           # (K, C)
     # kl = pi_ref / pi - log(pi_ref / pi) - 1. For tokens drawn from pi this is an unbiased estimate of
-    # KL(pi || pi_ref), called k3, and it is never negative
+    # KL(pi || pi_ref), and never negative
     kl = torch.zeros_like(ratio)
     if beta > 0:
         log_ref_over_pi = ref_per_token_logps - per_token_logps                                   # (K, C)
@@ -454,8 +451,7 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
     one chunk. Both have a budget, so it grows neither with B nor with G.
 
     advantages, token_weights: (N,). ref_logps, old_logps: (N, C). old_logps is None where pi_old is pi. (The
-    sampler's would show its rounding.) Returns this pass's log-probabilities (N, C), and sums to log.
-    """
+    sampler's would show its rounding.) Returns this pass's log-probabilities (N, C), and sums to log."""
     logps = torch.zeros_like(rollout.sampling_logps)                                              # (N, C)
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip_ratio"), 0.0)
     for prompts in passes:
@@ -518,8 +514,7 @@ def build_prompts(texts, images, tokenizer, image_processor, model, first=0):
     input_ids (n, P), padded on the right; lengths (n,) without padding; position_ids (3, n, P); next_position
     (n,), of the first completion token; pixel_values and image_grid_thw of all images; first, the number of
     the first prompt in its batch. Positions are M-RoPE's (multimodal rotary position embedding), in time,
-    height and width. They are equal for text, and h x w image tokens advance what follows by max(h, w).
-    """
+    height and width. They are equal for text, and h x w image tokens advance what follows by max(h, w)."""
     flat, tokens = list(itertools.chain(*images)), iter(())
     pixels = dict(pixel_values=None, image_grid_thw=None)
     if flat:
@@ -558,8 +553,8 @@ def chunks(prompts, rollout, cfg):
 # ---- Decoding --------------------------------------------------------------------------------------------
 
 class PromptLayer(DynamicLayer):
-    """A layer of the cache, without state: checkpointing calls it twice. Encoding keeps the keys and values
-    that it is given. Scoring joins the prompts' and the new ones; group: (K,), each row's prompt."""
+    """A layer of the cache. Encoding keeps the keys and values that it is given. Scoring joins the prompts'
+    and the new ones, and keeps nothing: checkpointing calls it twice. group: (K,), each row's prompt."""
     def __init__(self, keys=None, values=None, group=None):
         super().__init__()
         self.keys, self.values, self.group, self.is_initialized = keys, values, group, keys is not None
@@ -579,8 +574,7 @@ class Decoder:
         [ prompt without its last token | padding | last prompt token, c_1, c_2, ... | not yet written ]
 
     All of it takes part in every step, behind a mask, so that no shape changes. So a GPU can record the step
-    as a CUDA graph and replay it: launching its thousand kernels one by one takes longer than they run.
-    """
+    as a CUDA graph and replay it: launching its thousand kernels one by one takes longer than they run."""
     def __init__(self, model, passes, num_generations, room):
         encoded, self.model, self.graph = [encode(model, prompts) for prompts in passes], model, None
         longest = max(prompt_kv[0].shape[2] for prompt_kv in encoded)                             # P - 1
@@ -661,8 +655,7 @@ def math_reward(completion, answer, **_):
         from math_verify import parse, verify
     except ImportError:
         fail("the reward math needs the library math-verify: pip install math-verify")
-
-    signs = {"°": r"^\circ ", "π": r"\pi ", "√": r"\sqrt ", "−": "-", "×": r"\times ", "²": "^2", "$": ""}
+    signs = {"°": "^\\circ ", "π": "\\pi ", "√": "\\sqrt ", "×": "\\times ", "−": "-", "²": "^2", "$": ""}
 
     def read(text, in_block=True):
         for sign, latex in signs.items():
@@ -681,8 +674,8 @@ def hard_reward(completion, options, **row):
     return format_reward(completion) * right(completion, options=options, **row)
 
 
-# name -> function(completion, num_tokens, template, **columns of the data row) -> float. A completion begins
-# with the <think> that the base prompt ends in. length: the paper's attempt to buy reasoning, which failed
+# name -> function(completion, num_tokens, template, **columns of the data row) -> float. length: the paper's
+# attempt to buy longer reasoning, which failed
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "hard": hard_reward, "math": math_reward,
            "length": lambda completion, num_tokens, **_: 0.001 * num_tokens}
 
@@ -699,9 +692,9 @@ def load_processors(path, max_pixels=None):
 
 
 def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32):
-    """Folder or hub id -> a Qwen-VL. float32: in bf16 an update of 1e-6 is rounded away. Two attributes are new.
-    suppressed, (V,) bool: vision tokens, which would crash the next forward, and vocabulary rows without a
-    token. eos_ids: what ends a completion, the tokenizer's end token first."""
+    """Folder or hub id -> a Qwen-VL, with two attributes more. suppressed, (V,) bool: vision tokens, which
+    would crash the next forward, and vocabulary rows without a token. eos_ids: what ends a completion, the
+    tokenizer's end token first. dtype float32: in bf16 an update of 1e-6 is rounded away."""
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
@@ -754,8 +747,7 @@ def set_threads(model):
 
 
 def choose_prompt(tokenizer, prompt="auto"):
-    """-> name of a template. auto: instruct if the chat template knows roles, else base. (The one saved with
-    base models knows none: eval_cvbench.SERVED_PROMPT.)"""
+    """-> name of a template. auto: instruct if the chat template knows roles, else base."""
     has_roles = "role" in (tokenizer.chat_template or "")
     if prompt.startswith("instruct") and not has_roles:
         fail(f"--prompt {prompt}: the model has no chat template with roles. Leave it out.")
@@ -791,9 +783,8 @@ def build_models(cfg, start, device, tokenizer, sharded):
         tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
     plain = lambda *path: load_model(*path, dtype=torch.bfloat16 if on_gpu else torch.float32).to(device)
     sampler = plain(start, tokenizer) if sharded or on_gpu else model  # sdpa: its masks are not for flash
-    reference = None
-    if cfg.beta > 0:
-        reference = Policy(plain(cfg.model_name_or_path, tokenizer, cfg.attn_implementation))
+    frozen = (cfg.model_name_or_path, tokenizer, cfg.attn_implementation)
+    reference = Policy(plain(*frozen)) if cfg.beta > 0 else None
     if cfg.algorithm == "sft":
         model.suppressed.zero_()  # plain cross-entropy, over all the vocabulary
     if cfg.gradient_checkpointing:
@@ -825,8 +816,8 @@ def make_accelerator(cfg):
 
 
 def shard(run, cfg):
-    """Fully sharded data parallel: float32 weights, gradients and optimizer state over the processes. On GPUs
-    layers compute in bf16, and gradients add up in float32. (accelerate's "bf16" adds them up in bf16.)"""
+    """Fully sharded data parallel: weights, gradients and optimizer state, in float32, over the processes. On
+    GPUs layers compute in bf16, and gradients add up in float32. (accelerate's "bf16" adds them in bf16.)"""
     state, on_gpu = run.accelerator.state, run.accelerator.device.type == "cuda"
     bf16 = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
     state.distributed_type = DistributedType.FSDP  # by hand: accelerate's argument would give a CPU DDP
@@ -883,8 +874,8 @@ def checkpoints(output_dir):
 
 
 def save(folder, run, with_state=False):
-    """Write a plain model directory, and in state/ what resuming needs beside it. The folder gets its name
-    when it is complete. All processes take part."""
+    """Write a model directory, and in state/ what resuming needs. The folder gets its name when it is
+    complete."""
     is_main, model = run.accelerator.is_main_process, run.policy.model
     temporary = folder.with_name(folder.name + ".tmp")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -915,8 +906,7 @@ def save(folder, run, with_state=False):
             shutil.rmtree(old)
 
 
-def is_used(folder):
-    """Is there more in it than the lock of a run that was killed before it began?"""
+def is_used(folder):  # a lock may be left of a run that was killed before it began
     return folder.exists() and any(path.name != ".lock" for path in folder.iterdir())
 
 
@@ -949,8 +939,7 @@ def setting(default, help):
 
 @dataclass
 class Config:
-    """Every setting. The defaults are the paper's recipe. --preset, the run to --resume and the command line
-    overrule them, in this order."""
+    """The defaults are the paper's recipe. A preset, the run to resume and the command line overrule them."""
     # what to train, on what
     preset: Literal["toy", "sat", "sat-sft", "vision-r1"] = setting("toy", "a task with its settings")
     model_name_or_path: str = setting("Qwen/Qwen2-VL-2B", "model to start from: a folder or a hub id")
@@ -1015,7 +1004,7 @@ LEAST = dict(num_generations=2, temperature=0.01, beta=0, epsilon=0, epsilon_hig
              learning_rate=0, eval_steps=0, **dict.fromkeys(
                  "prompts_per_step max_steps max_prompt_length max_completion_length num_iterations "
                  "max_pixels encode_tokens score_tokens save_steps save_total_limit eval_limit".split(), 1))
-# settings of earlier versions -> the values at which a run can go on without them
+# settings of earlier versions: values at which a run can go on without them
 REMOVED = dict(overwrite=[False, True], stages=[None], reward_file=[None], min_pixels=[None, 3136],
                weight_decay=[0.0], log_with=[None])
 
@@ -1040,8 +1029,7 @@ def parse_config(argv=None):
 
 
 def absolute(path):
-    """An existing path in full, so that config.json means the same from every directory; a hub id as it is.
-    What looks like a path and does not exist stops here."""
+    """An existing path in full, so that config.json means the same from every folder; a hub id as it is."""
     full, top = Path(path).expanduser().absolute(), path.partition("/")[0]
     if not full.exists() and (path.count("/") != 1 or top in ("", ".", "..", "~") or Path(top).exists()):
         fail(f"{path} does not exist, and is no hub id such as Qwen/Qwen2-VL-2B.")
@@ -1147,6 +1135,7 @@ def main(argv=None):
             run.evaluation.evaluate_policy(run, step + 1)
         if (step + 1) % cfg.save_steps == 0 or last or stopping:
             save(run.output_dir / f"checkpoint-{step + 1}", run, with_state=True)
+            run.evaluation.show(run)
         if stopping and not last:
             run.accelerator.print(f"stopped after step {step + 1}, which is saved; go on as you started, "
                                   f"with --resume --output_dir {run.output_dir}")
