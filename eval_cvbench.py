@@ -8,16 +8,15 @@
     python eval_cvbench.py --compare A/answers.jsonl B/answers.jsonl            # is B better than A?
     python eval_cvbench.py --ask "What is left of the tree?" --image photo.jpg --model runs/sat/final
 
-It reads CV-Bench (a hub id, or a folder of Parquet files with its columns: test_2d.parquet, test_3d.parquet)
-and, for held-out questions of the training kind, a file as prepare_sat.py writes it. A CV-Bench row:
+It reads CV-Bench (a hub id, or a folder of its Parquet files) and, for held-out questions of the training
+kind, a file as prepare_sat.py writes it. A CV-Bench row:
 
     idx 0, type "2D", task "Count", image <PNG>, question "How many ...?", choices ["2", "3"], answer "(B)",
     prompt "How many ...? Select from the following choices.\\n(A) 2\\n(B) 3", source "ADE20K", ...
 
-Every question's prompt, completion, extracted answer and verdict goes to answers.jsonl in a folder under
-results/, as it comes. The folder's name holds the model, the data, the mode and a fingerprint of weights,
-settings and questions. The same command goes on where it was stopped; another one has another folder. Beside
-the answers lie summary.json, summary.md and report.html, a page with the scores and the wrong answers.
+Every answer goes to answers.jsonl in a folder under results/, as it comes. The folder's name holds the model,
+the data, the mode and a fingerprint of weights, settings and questions, so the same command goes on where it
+was stopped. Beside the answers lie summary.json, summary.md and report.html, which shows wrong answers.
 """
 import argparse
 import base64
@@ -27,13 +26,14 @@ import io
 import json
 import re
 import sys
-from collections import Counter, defaultdict, namedtuple
+from collections import defaultdict, namedtuple
 from dataclasses import asdict
 from datetime import timedelta
-from math import comb, isfinite
+from math import comb, inf, isfinite
 from pathlib import Path
 from statistics import NormalDist, mean, stdev
 
+import datasets
 import torch
 import transformers
 from accelerate import PartialState
@@ -41,36 +41,29 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from grpo_vision import (ANSWER_BLOCK, HERE, IMAGE_TOKENS, PRESETS, RUNS, TEMPLATES, TOY, build_prompts,
+from grpo_vision import (ANSWER_BLOCK, HERE, IMAGE_TOKENS, PRESETS, RUNS, TEMPLATES, absolute, build_prompts,
                          build_question, checkpoints, choose, choose_prompt, completion_text, extract_answer,
-                         fail, grade, load_model, load_processors, math_reward, normalise,
-                         render, sample, seeded,
-                         set_threads)
-from prepare_sat import open_image, upright
+                         fail, grade, load_model, load_processors, math_reward, normalise, render, sample,
+                         seeded, set_threads)
+from prepare_sat import open_image, prompt_length, read_parquet
 
 # ---- The questions ---------------------------------------------------------------------------------------
 
 def load_questions(path, limit=None):
     """CV-Bench (hub id, folder or file) or a file of the training layout -> list of questions, each a dict of
     id, where, task, source, images, text (what the template is filled with), options, answer (an option)."""
-    import datasets
-    datasets.disable_progress_bars()
-    local = Path(path)
-    files = sorted(map(str, local.glob("*.parquet"))) if local.is_dir() else [str(local)]
-    try:
-        if local.exists():
-            table = datasets.load_dataset("parquet", data_files=files, split="train")
-        elif path.count("/") == 1 and not path.endswith(".parquet"):
+    files = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
+    if Path(path).exists():
+        table = read_parquet(files)
+    else:
+        try:
             table = datasets.load_dataset(path, split="test")
-        else:
-            raise FileNotFoundError("no such file or folder")
-    except Exception as error:  # datasets raises many kinds for what it cannot find or read
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fail(f"the questions of {path} cannot be read: {reason}")
+        except Exception as error:  # datasets raises many kinds for what it cannot find or read
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            fail(f"the questions of {path} cannot be read: {reason}")
     cvbench = "choices" in table.column_names
-    needed = set("image prompt choices answer task source".split() if cvbench else
-                 "images question options answer".split())
-    if missing := sorted(needed - set(table.column_names)):
+    needed = "image prompt choices answer task source" if cvbench else "images question options answer"
+    if missing := sorted(set(needed.split()) - set(table.column_names)):
         fail(f"{path} has no column {missing[0]!r} ({', '.join(table.column_names)})")
     raw = datasets.Image(decode=False)
     table = table.cast_column("image", raw) if cvbench else table.cast_column("images", datasets.List(raw))
@@ -81,8 +74,9 @@ def load_questions(path, limit=None):
 
 def parse_cvbench(row, where):
     row["image"] = row["image"] if any((row["image"] or {}).values()) else None
-    if empty := [name for name in ("image", "prompt", "choices", "answer", "task", "source") if not row[name]]:
-        fail(f"{where}: {empty[0]} is empty. Remove the row.")
+    for name in "image prompt choices answer task source".split():
+        if not row[name]:
+            fail(f"{where}: {name} is empty. Remove the row.")
     letter, choices = re.fullmatch(r"\(([A-Z])\)", row["answer"].strip()), row["choices"]
     number = ord(letter[1]) - ord("A") if letter else len(choices)
     if number >= len(choices):
@@ -99,15 +93,6 @@ def parse_training_row(row, where):
             "answer": row["answer"]}
 
 
-def check_counts(path, questions):
-    """Warn if these are not as many questions of each task and source as CV-Bench has."""
-    found = Counter(q[key] for q in questions for key in ("task", "source"))
-    wrong = [f"{found[name]} of {name}, not {count}" for name, count in PUBLISHED.items()
-             if found[name] != count]
-    if wrong and "held-out" not in found and not Path(path).resolve().is_relative_to(TOY):
-        print(f"warning: {path} is not CV-Bench as published: it has {'; '.join(wrong)}", file=sys.stderr)
-
-
 # ---- The answers -----------------------------------------------------------------------------------------
 
 # The base prompt as a chat template, which checkpoints carry: a server then asks as the policy was trained.
@@ -121,8 +106,7 @@ SERVED_PROMPT = (
         "{question}", "{% for part in parts if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '' }}")
     + "{%- endfor -%}")
 
-# How a question is asked: the template, and what is put behind a CV-Bench prompt; all are the paper's. Its
-# words for instruct models differ from those it trains them with.
+# How a question is asked: the template, and what is put behind a CV-Bench prompt; all are the paper's.
 MODES = {
     "base-reasoning": ("base", ""),
     "base-direct": ("base-direct", ""),
@@ -154,15 +138,9 @@ def prompt_text(question, mode, tokenizer):
 
 def answer_questions(model, tokenizer, image_processor, questions, mode, batch_size=32, max_new_tokens=1024,
                      temperature=0.0, seed=0, strict=False):
-    """Yield one record per question; greedy unless temperature > 0.
-
-    Batches hold questions of like length, the longest first: if memory does not suffice it shows at once.
-    """
-    def length(q):  # in tokens, images included
-        sizes = [open_image(image, q["where"], decode=False).size for image in q["images"]]
-        patches = sum(image_processor.get_number_of_image_patches(height, width) for width, height in sizes)
-        return len(tokenizer(q["text"]).input_ids) + patches // image_processor.merge_size**2
-
+    """Yield one record per question; greedy unless temperature > 0. Batches hold questions of like length,
+    the longest first: if memory does not suffice, it shows at once."""
+    length = lambda q: prompt_length(q["text"], q["images"], q["where"], tokenizer, image_processor)
     order = sorted(questions, key=lambda q: (-length(q), q["id"]))
     for first in range(0, len(order), batch_size):
         batch = order[first:first + batch_size]
@@ -170,8 +148,8 @@ def answer_questions(model, tokenizer, image_processor, questions, mode, batch_s
         images = [[open_image(image, q["where"]) for image in q["images"]] for q in batch]
         passes = [build_prompts(texts[i:i + 8], images[i:i + 8], tokenizer, image_processor, model, first=i)
                   for i in range(0, len(batch), 8)]
-        generator = torch.Generator(model.device)
-        generator.manual_seed(seeded(seed, "answers", mode, batch[0]["id"]).getrandbits(63))
+        number = seeded(seed, "answers", mode, batch[0]["id"]).getrandbits(63)
+        generator = torch.Generator(model.device).manual_seed(number)
         rollout = sample(model, passes, 1, max_new_tokens, temperature, generator)
         for row, (q, text) in enumerate(zip(batch, texts)):
             tokens = rollout.completion_ids[row, rollout.completion_mask[row]]
@@ -184,11 +162,8 @@ def answer_questions(model, tokenizer, image_processor, questions, mode, batch_s
 # ---- Grading: as in training, but right in a wrong form counts -------------------------------------------
 
 def read_answer(text, strict=False):
-    """The answer in a completion, or None. strict: as training does, `extract_answer`.
-
-    Else: what is inside the last answer block, else what follows the last </think>, else the whole text. (The
-    paper's code goes from block to whole text; but a chain names choices that it goes on to reject, so where
-    an answer follows it, only that counts.)
+    """The answer in a completion, or None. strict: as in training. Else: what is inside the last answer
+    block, else what follows the last </think> (not in the paper's code), else the whole text.
 
     >>> read_answer("it is 2"), read_answer("it is 2", strict=True)
     ('it is 2', None)
@@ -215,11 +190,10 @@ NAMED_LETTER = re.compile(r"\(([a-z])\)|^([a-z])[).:] |\b(?:answer|option|choice
 def read_choice(answer, options):
     """-> the option that `answer` (from `read_answer`) chooses, or None. Markup is taken off first.
 
-    First by `choose`, as in training. If that finds none, a sentence chooses the one option that it names
-    after its last "answer is"; else the letter that it opens with; else the one option that it names
-    anywhere, by text or letter. Where all options are numbers, words count as digits, unless the answer has
-    digits too ("the left one: 3"). What names two options chooses none. (The paper's code takes a match
-    anywhere, so "either left or right" may be right there.) test_grpo.py has a table of cases.
+    First by `choose`, as in training. Else a sentence chooses the one option that it names after its last
+    "answer is"; else the letter that it opens with; else the one option that it names anywhere, by text or
+    letter. What names two options chooses none. (The paper's code takes a match anywhere.) Where all options
+    are numbers, words count as digits, unless the answer has digits too ("the left one: 3").
 
     >>> choose("So it is left.", ["right", "left"]), read_choice("So it is left.", ["right", "left"])
     (None, 'left')
@@ -266,13 +240,14 @@ def with_verdict(record, strict):
     correct = grade(extracted, record["answer"], record["options"], find)
     if not record["options"] and extracted:  # a free answer may be right as mathematics
         correct = correct or bool(math_reward(extracted, record["answer"]))
-    return {**record, "extracted": extracted, "chosen": find(extracted, record["options"]), "correct": correct}
+    chosen = find(extracted, record["options"])
+    return {**record, "extracted": extracted, "chosen": chosen, "correct": correct}
 
 
 # ---- Files -----------------------------------------------------------------------------------------------
 
 def read_jsonl(path):
-    """-> the records of a file, [] without one. A last line that a killed program left half is passed over."""
+    """-> the records of a file, [] without one. A last line that a killed program left half is left out."""
     records, lines = [], path.read_text().splitlines(keepends=True) if path.exists() else []
     for number, line in enumerate(lines, 1):
         try:
@@ -288,12 +263,10 @@ def append_jsonl(path, records):
         with open(path, "a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
     except OSError as error:
-        fail(f"{path} cannot be written ({error}). Make room, and give the same command again; training goes "
-             "on with --resume.")
+        fail(f"{path} cannot be written ({error}). Make room, then the same command; training: --resume.")
 
 
 def write_whole(path, text):
-    """The file has the text, or is as it was, whenever the program is killed."""
     partial = path.with_name(path.name + ".tmp")
     partial.write_text(text)
     partial.replace(path)
@@ -311,15 +284,10 @@ def digest(value, *blobs):
     return found.hexdigest()[:12]
 
 
-def weights_digest(model):
-    """Changes with any weight."""
-    return digest("", *(p.detach().cpu().flatten().view(torch.uint8).numpy() for p in model.parameters()))
-
-
 def fingerprint(path):
-    """Digests of a file's bytes, or of a model folder's weights -> list. A hub id stands for itself."""
+    """Digests of a file, or of a model folder's weights -> list. A hub id stands for itself."""
     files = [file for file in sorted(Path(path).glob("*.safetensors")) or [Path(path)] if file.is_file()]
-    return [digest("", file.read_bytes()) for file in files] or [str(path)]
+    return [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files] or [str(path)]
 
 
 def question_digest(q):
@@ -330,8 +298,7 @@ def question_digest(q):
 
 def short(path):
     """A path as one types it in the script's folder."""
-    path = Path(path)
-    return str(path.relative_to(HERE) if path.is_relative_to(HERE) else path)
+    return str(path).removeprefix(f"{HERE}/")
 
 
 def slug(path):
@@ -357,10 +324,8 @@ Score = namedtuple("Score", "n value low high chance")  # all but n in percent
 
 def groups_of(records):
     """Records -> {name of a score: [(weight, its records), ...]}: tasks, sources, and means over sources.
-
     total is the paper's micro-average; 2D, 3D and official = (2D + 3D) / 2 are CV-Bench's own, in which the
-    two sources of 2D count the same: 1/2 * ((ADE20K + COCO) / 2 + Omni3D).
-    """
+    two sources of 2D count the same: 1/2 * ((ADE20K + COCO) / 2 + Omni3D)."""
     found = {key: defaultdict(list) for key in ("task", "source")}
     for record in records:
         for key, group in found.items():
@@ -378,11 +343,9 @@ def groups_of(records):
 
 def score_of(parts):
     """[(weight, records), ...] -> Score of the weighted mean of their shares of right answers.
-
     low, high: the 95 % interval. It is Wilson's for a share, which does not leave 0 .. 100. For a mean of
     shares it comes from their distances to the ends of their own intervals (MOVER: Zou and Donner 2008).
-    chance: what a guess among each question's choices would reach.
-    """
+    chance: what a guess among each question's choices would reach."""
     value = below = above = chance = 0
     for weight, records in parts:
         n, p = len(records), mean(bool(r["correct"]) for r in records)
@@ -397,7 +360,6 @@ def score_of(parts):
 
 
 def scores_of(records):
-    """Records -> {name: Score}"""
     return {name: score_of(parts) for name, parts in groups_of(records).items()}
 
 
@@ -412,11 +374,8 @@ def rates_of(records):
 
 
 def sign_test(a, b):
-    """Two lists of records of the same questions -> the p-value of the two being equally good.
-
-    Only questions that one got right and the other wrong tell them apart. McNemar's exact test: the share of
-    all ways to swap the two answers of each question that differ as much.
-    """
+    """Two lists of records of the same questions -> the p-value of the two being equally good, by McNemar's
+    exact test: only questions that one got right and the other wrong tell them apart."""
     won = sum(y["correct"] and not x["correct"] for x, y in zip(a, b))
     lost = sum(x["correct"] and not y["correct"] for x, y in zip(a, b))
     return min(1.0, 2 * sum(comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost))
@@ -424,16 +383,12 @@ def sign_test(a, b):
 
 def compare(paths):
     """Two files of answers -> how much better the second is on the questions that both have, printed."""
-    for path in paths:
-        if not Path(path).exists():
-            fail(f"--compare: {path} does not exist. Give two files like results/NAME/answers.jsonl.")
-    a, b = ({r["id"]: r for r in read_jsonl(Path(path))} for path in paths)
+    a, b = ({r["id"]: r for r in read_jsonl(path)} for path in paths)
     both = sorted(a.keys() & b.keys())
     if not both or any(a[i]["question"] != b[i]["question"] for i in both):
-        fail(f"--compare: {paths[0]} and {paths[1]} are not answers to the same questions")
-    if alone := len(a) + len(b) - 2 * len(both):
-        print(f"warning: left out: {alone} questions that only one of the files has", file=sys.stderr)
-    print(f"A: {paths[0]}\nB: {paths[1]}")
+        fail(f"--compare: {paths[0]} and {paths[1]} hold no answers to the same questions")
+    alone = len(a) + len(b) - 2 * len(both)
+    print(f"A: {paths[0]}\nB: {paths[1]}\n{len(both)} questions; {alone} that only one has are left out")
     of_a, of_b = (groups_of([records[i] for i in both]) for records in (a, b))
     for name, parts in of_a.items():
         one, two = score_of(parts).value, score_of(of_b[name]).value
@@ -461,19 +416,22 @@ pre, td.text {{ white-space: pre-wrap; font-family: ui-monospace, monospace; fon
 
 
 def write_page(path, title, body):
-    """HTML fragments -> a self-contained page. The caller has escaped all text, the title excepted."""
+    """HTML fragments, whose text is escaped -> a page that needs no other file."""
     write_whole(path, PAGE.format(title=html.escape(title), body="\n".join(body)))
 
 
 def html_table(rows):
-    """Rows of text, the heading first -> HTML"""
     line = lambda tag, cells: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-    return "<table>" + "".join(f"<tr>{line('td' if i else 'th', row)}</tr>" for i, row in enumerate(rows)) + "</table>"
+    lines = [line("th", rows[0]), *(line("td", row) for row in rows[1:])]
+    return "<table>" + "".join(f"<tr>{cells}</tr>" for cells in lines) + "</table>"
 
 
 def markdown_table(rows):
-    line = lambda cells: "| " + " | ".join(cells) + " |\n"
-    return line(rows[0]) + "|---" * len(rows[0]) + "|\n" + "".join(map(line, rows[1:]))
+    """Rows of text, the heading first -> Markdown with aligned columns"""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["| " + " | ".join(map(str.ljust, row, widths)) + " |" for row in rows]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines) + "\n"
 
 
 def image_html(picture, side=320):
@@ -485,6 +443,12 @@ def image_html(picture, side=320):
     return f'<img alt="the image" src="data:image/{kind.lower()};base64,{data}">'
 
 
+def question_html(pictures, asked, options, answer, said=""):
+    return (f'<div class="question">{"".join(map(image_html, pictures))}<div>{asked}<br>'
+            f'Options: {html.escape(", ".join(options or []))}<br>'
+            f'Right answer: <span class="right">{html.escape(answer)}</span><br>{said}</div></div>')
+
+
 def legend_html(data_path):
     """A legend.png beside the data, or one folder up, explains what its pictures show."""
     folder = Path(data_path) if Path(data_path).is_dir() else Path(data_path).parent
@@ -493,59 +457,52 @@ def legend_html(data_path):
 
 
 def score_rows(scores):
-    """{name: Score} -> rows of the score table, the heading first. The paper's rows are there if the questions
-    are all of CV-Bench's: no other set compares with them."""
-    rows = [["%", *scores], ["right", *(f"{s.value:.1f}" for s in scores.values())],
-            ["95 % interval", *(f"{s.low:.1f}–{s.high:.1f}" for s in scores.values())],
-            ["chance", *(f"{s.chance:.1f}" for s in scores.values())],
-            ["questions", *(str(s.n) for s in scores.values())]]
+    """{name: Score} -> rows of the score table, the heading first. The paper's columns are there if the
+    questions are all of CV-Bench's: no other set compares with them."""
+    rows = [["score", "% right", "95 % interval", "chance", "questions"]]
+    for name, s in scores.items():
+        rows.append([name, f"{s.value:.1f}", f"{s.low:.1f} .. {s.high:.1f}", f"{s.chance:.1f}", str(s.n)])
     if PUBLISHED.items() <= {name: s.n for name, s in scores.items()}.items():
+        tasks = "score Count Relation Depth Distance total".split()
         for name, values in PAPER.items():
-            value = dict(zip("Count Relation Depth Distance total".split(), values))
-            rows.append([f"paper: {name}", *(f"{value[x]:.2f}" if x in value else "" for x in scores)])
+            value = dict(zip(tasks, [f"paper: {name}", *map(str, values)]))
+            rows = [[*row, value.get(row[0], "")] for row in rows]
     return rows
 
 
+def tables_of(records):
+    rates = [[name, f"{value:.1f}"] for name, value in rates_of(records).items()]
+    return score_rows(scores_of(records)), [["% of answers; tokens", ""], *rates]
+
+
 def write_report(folder, title, records, questions, data_path, most=25):
-    """Records -> FOLDER/summary.json, summary.md and report.html. The page shows, of each task, at most `most`
-    wrong answers, drawn with a seed, or it would not open. All text is escaped."""
-    scores, rates = scores_of(records), rates_of(records)
-    write_whole(folder / "summary.json", json.dumps(
-        {"scores": {name: s._asdict() for name, s in scores.items()}, "rates": rates}, indent=1))
-    tables = [score_rows(scores), [["% of answers; tokens", *rates], ["", *(f"{x:.1f}" for x in rates.values())]]]
-    write_whole(folder / "summary.md", "\n".join([f"# {title}\n", *map(markdown_table, tables)]))
-    body, asked, wrong = [*map(html_table, tables), legend_html(data_path)], {q["id"]: q for q in questions}, {}
+    """Records -> FOLDER/summary.json, summary.md and report.html. The page shows at most `most` wrong answers
+    of each task, drawn with a seed, or it would not open. All text is escaped."""
+    scores = {name: score._asdict() for name, score in scores_of(records).items()}
+    write_whole(folder / "summary.json", json.dumps({"scores": scores, "rates": rates_of(records)}, indent=1))
+    write_whole(folder / "summary.md", "\n".join([f"# {title}\n", *map(markdown_table, tables_of(records))]))
+    body = [*map(html_table, tables_of(records)), legend_html(data_path)]
+    asked, wrong = {q["id"]: q for q in questions}, defaultdict(list)
     for r in records:
         if not r["correct"] and r["id"] in asked:
-            wrong.setdefault(r["task"], []).append(r)
+            wrong[r["task"]].append(r)
     for task, some in wrong.items():
         body.append(f"<h2>{html.escape(task)}: {len(some)} wrong</h2>")
         for r in sorted(seeded("report").sample(some, min(most, len(some))), key=lambda r: r["id"]):
-            said = html.escape(r["chosen"] or f"no choice: {(r['extracted'] or 'nothing')[:80]}")
-            body.append(
-                f'<div class="question">{"".join(image_html(open_image(image, "")) for image in asked[r["id"]]["images"])}<div>'
-                f'Question {r["id"]}<pre>{html.escape(asked[r["id"]]["text"])}</pre>'
-                f'Choices: {html.escape(", ".join(r["options"]))}<br>'
-                f'Right: <span class="right">{html.escape(r["answer"])}</span> '
-                f'chosen: <span class="wrong">{said}</span>{"" if r["finished"] else " (cut off)"}'
-                f'<pre>{html.escape(r["completion"])}</pre></div></div>')
+            said, q = r["chosen"] or f"no choice: {(r['extracted'] or 'nothing')[:80]}", asked[r["id"]]
+            body.append(question_html(
+                [open_image(image, q["where"]) for image in q["images"]],
+                f'Question {r["id"]}<pre>{html.escape(q["text"])}</pre>', q["options"], r["answer"],
+                f'Chosen: <span class="wrong">{html.escape(said)}</span>{" (cut off)" * (not r["finished"])}'
+                f'<pre>{html.escape(r["completion"])}</pre>'))
     write_page(folder / "report.html", title, body)
-
-
-def print_scores(title, records):
-    print(title)
-    for name, s in scores_of(records).items():
-        print(f"    {name:24s} {s.value:5.1f}   {s.low:5.1f} .. {s.high:5.1f}   chance {s.chance:4.1f}   "
-              f"{s.n} questions")
-    for name, value in rates_of(records).items():
-        print(f"    {name:24s} {value:5.1f}")
 
 
 # ---- A training run: its logs, curves.png and rollouts.html ----------------------------------------------
 
 def open_logs(run, done):
-    """config.json and fingerprints.json of the run, and its logs as they were after `done` steps. A killed run
-    may have logged more; a resumed one writes that again. It must go on with the data and model it began with."""
+    """config.json and fingerprints.json of the run, and its logs as they were after `done` steps, as a killed
+    run may have logged more. A run must go on with the data and the model that it began with."""
     cfg, folder = run.cfg, run.output_dir
     prints = {"data": fingerprint(run.data.path), "model": fingerprint(cfg.model_name_or_path)}
     if done and (folder / "fingerprints.json").exists():
@@ -564,7 +521,8 @@ def summarise(run, step, came):
     G, lengths, batch = run.cfg.num_generations, came.rollout.lengths.tolist(), came.batch
     samples = gather_object([
         {"step": step, "row": batch.numbers[i // G], "prompt": batch.texts[i // G], "completion": text,
-         "answer": batch.rows[i // G]["answer"], "length": lengths[i], "finished": bool(came.rollout.finished[i]),
+         "answer": batch.rows[i // G]["answer"], "length": lengths[i],
+         "finished": bool(came.rollout.finished[i]),
          **{f"rewards/{name}": values[i].item() for name, values in came.rewards.items()},
          "reward": sum(values[i].item() for values in came.rewards.values()),
          "advantage": came.advantages[i].item()} for i, text in enumerate(came.rollout.texts)])
@@ -590,13 +548,13 @@ def summarise(run, step, came):
 
 
 def log_step(run, step, came):
-    """What came of a step -> the logs and a line to read; the end of the run, if the gradient is not finite."""
+    """What came of a step -> the logs, and a line to read. A gradient that is not finite ends the run."""
     metrics, samples = summarise(run, step, came)
     is_main, folder = run.accelerator.is_main_process, run.output_dir
     if not isfinite(metrics["grad_norm"]):
         append_jsonl(folder / "bad_batch.jsonl", samples if is_main else [])
-        fail(f"step {step}: gradient norm {metrics['grad_norm']}. Lower --learning_rate and --resume from the last "
-             f"checkpoint. The batch is in {folder}/bad_batch.jsonl")
+        fail(f"step {step}: gradient norm {metrics['grad_norm']}. Lower --learning_rate, then --resume. The "
+             f"batch is in {folder}/bad_batch.jsonl")
     if is_main:
         append_jsonl(folder / "metrics.jsonl", [metrics])
         append_jsonl(folder / "completions.jsonl", samples)
@@ -613,8 +571,7 @@ def load_sets(paths, limit):
 
 
 def evaluate_policy(run, step):
-    """Called while training: ask the sampler fixed questions, greedily, each process its share -> eval.jsonl;
-    then bring the picture and the page up to date."""
+    """While training: ask the sampler fixed questions, greedily, each process its share -> eval.jsonl"""
     rank, count = run.accelerator.process_index, run.accelerator.num_processes
     mode = run.template if run.template in MODES else f"{run.template}-reasoning"
     for name, questions in run.eval_sets.items():
@@ -645,27 +602,19 @@ def append_score(path, step, name, records):
 
 
 def report_run(run):
-    """The end of a training run: the picture, the page, and a few lines of before and after."""
+    """The end of a training run: what came of it, where it lies, and what to do next."""
     if not run.accelerator.is_main_process:
         return
-    cfg, folder = run.cfg, run.output_dir
-    show(run)
-    metrics, scores = read_jsonl(folder / "metrics.jsonl"), read_jsonl(folder / "eval.jsonl")
+    folder, scores = short(run.output_dir), read_jsonl(run.output_dir / "eval.jsonl")
     for name in dict.fromkeys(s["set"] for s in scores):
         first, *_, last = [s for s in scores if s["set"] == name] * 2
         print(f"{name}: {first['accuracy']:.1f} -> {last['accuracy']:.1f} % right, greedy, "
               f"± {last['standard_error']:.1f} on {last['questions']} questions")
-    for key in metrics[0]:
-        if key.startswith("rewards/") or key == "completions/mean_length":
-            last = mean(m[key] for m in metrics[-10:])
-            print(f"rollouts, {key}: {metrics[0][key]:.2f} at first -> {last:.2f} in the last 10 steps")
-    toy, shown = cfg.eval_data == PRESETS["toy"]["eval_data"], short(folder)
-    on = "" if toy else f" --data {cfg.eval_data.replace(',', ' ')}"
+    data = run.cfg.eval_data
+    on = "" if data == PRESETS["toy"]["eval_data"] else f" --data {data.replace(',', ' ')}"
     on += " --modes direct" if run.template.endswith("-direct") else ""
-    print(f"model:    {shown}/final\nlook at:  {shown}/curves.png  {shown}/rollouts.html\n"
-          f"try next: python eval_cvbench.py --run {shown}{on}    # every checkpoint on all questions")
-    if toy and cfg.algorithm == "grpo":
-        print("          python grpo_vision.py --loss_type dr_grpo --scale_rewards false")
+    print(f"model:    {folder}/final\nlook at:  {folder}/curves.png  {folder}/rollouts.html")
+    print(f"try next: python eval_cvbench.py --run {folder}{on}    # every checkpoint on all questions")
 
 
 def smooth(values, width):
@@ -675,39 +624,32 @@ def smooth(values, width):
 
 
 def draw_curves(run, scores=None):
-    """RUN's metrics.jsonl, completions.jsonl and eval.jsonl (or the file `scores`) -> RUN/curves.png.
-
-    After Figure 1 of the paper: accuracy on fixed questions, with its standard error, and mean length of the
-    rollouts against the training step. Draws a run of any length, finished or not.
-    """
+    """The logs of a run, finished or not (evaluations from the file `scores`) -> RUN/curves.png. After the
+    paper's Figure 1: accuracy on fixed questions and mean length of the rollouts by training step."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(scores or run / "eval.jsonl")
     steps, width = [m["step"] for m in metrics], max(1, len(metrics) // 12)
     reflecting = defaultdict(list)
-    for sample in read_jsonl(run / "completions.jsonl"):
-        reflecting[sample["step"]].append(bool(REFLECTION.search(sample["completion"])))
+    for record in read_jsonl(run / "completions.jsonl"):
+        reflecting[record["step"]].append(bool(REFLECTION.search(record["completion"])))
 
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.25})
-    figure = plt.figure(figsize=(9, 7), layout="constrained")
-    rows = figure.subfigures(2, 1, height_ratios=[3, 2.4])
-    top = rows[0].subplots()
+    figure, panels = plt.subplot_mosaic([["top"] * 3, [0, 1, 2], [3, 4, 5]], height_ratios=[5, 2, 2],
+                                        figsize=(9, 7), layout="constrained")
+    top = panels["top"]
     for color, name in zip(("tab:blue", "tab:cyan", "tab:purple"), dict.fromkeys(s["set"] for s in scores)):
         line = [s for s in scores if s["set"] == name]
-        x, y = [s["step"] for s in line], [s["accuracy"] for s in line]
+        x, y, error = ([s[key] for s in line] for key in ("step", "accuracy", "standard_error"))
         label = f"accuracy on {Path(name).stem} ({line[0]['questions']} questions)"
-        top.plot(x, y, "o-", color=color, ms=4, label=label)
-        top.fill_between(x, [s["accuracy"] - s["standard_error"] for s in line],
-                         [s["accuracy"] + s["standard_error"] for s in line], color=color, alpha=0.15, lw=0)
-    top.set(xlabel="training step", ylabel="accuracy, % (band: 1 standard error)", ylim=(0, 100),
-            xlim=(0, max(steps)))
+        top.errorbar(x, y, error, fmt="o-", color=color, ms=4, elinewidth=0.8, label=label)
+    top.set(xlabel="training step", ylabel="accuracy, % (bar: 1 standard error)", ylim=(0, 100))
     right = top.twinx()
     lengths = [m["completions/mean_length"] for m in metrics]
     right.plot(steps, lengths, color="tab:red", lw=0.8, alpha=0.35)
     right.plot(steps, smooth(lengths, width), color="tab:red", lw=2, label="response length of the rollouts")
-    right.set_ylabel("tokens", color="tab:red")
-    right.set_ylim(0, 1.15 * max(lengths))
+    right.set(ylabel="tokens", ylim=(0, 1.15 * max(lengths)))
     right.grid(False)
     handles = [axis.get_legend_handles_labels() for axis in (top, right)]
     top.legend(*(a + b for a, b in zip(*handles)), loc="lower right", framealpha=0.9)
@@ -719,7 +661,8 @@ def draw_curves(run, scores=None):
               ("groups without spread", {"": [m["frac_reward_zero_std"] for m in metrics]}),
               ("rollouts with a reflection word", {"": [mean(reflecting[step]) for step in steps]}),
               ("rollouts cut at the token limit", {"": [m["completions/clipped_ratio"] for m in metrics]})]
-    for panel, (title, lines) in zip(rows[1].subplots(2, 3, sharex=True).flat, curves):
+    for number, (title, lines) in enumerate(curves):
+        panel = panels[number]
         for (label, values), color in zip(lines.items(), ("tab:green", "tab:orange", "tab:brown")):
             panel.plot(steps, values, color=color, lw=0.7, alpha=0.35)
             panel.plot(steps, smooth(values, width), color=color, label=label)
@@ -732,78 +675,73 @@ def draw_curves(run, scores=None):
 
 
 def write_rollouts(run, data, most_steps=8, most_questions=2):
-    """RUN/completions.jsonl and the training table -> RUN/rollouts.html: a self-contained page with a few
-    groups of a few steps. All text is escaped: a completion that contains markup shows as text."""
-    samples = defaultdict(lambda: defaultdict(list))  # step -> row number -> completions
-    for sample in read_jsonl(run / "completions.jsonl"):
-        samples[sample["step"]][sample["row"]].append(sample)
-    steps = sorted(samples)
+    """RUN/completions.jsonl and the data -> RUN/rollouts.html: a few groups of a few steps on one page. All
+    text is escaped: a completion that contains markup shows as text."""
+    groups_at = defaultdict(lambda: defaultdict(list))  # step -> row number -> completions
+    for record in read_jsonl(run / "completions.jsonl"):
+        groups_at[record["step"]][record["row"]].append(record)
+    steps = sorted(groups_at)
     shown = dict.fromkeys(steps[round(i * (len(steps) - 1) / (most_steps - 1))] for i in range(most_steps))
-    body = ["<p>What the policy answered to a few training questions as it learned. Each table is one group, "
-            "the completions of one prompt. Green rows did better than their group and are made likelier. Red "
-            "rows are made less likely. The advantage says how strongly. Grey rows teach nothing: their group "
-            "got one reward.</p>", legend_html(data.path)]
+    body = ["<p>What the policy answered to a few training questions as it learned. A table is a group, the "
+            "completions of one prompt. Green rows did better than their group and are made likelier. Red "
+            "rows are made less likely. The advantage says how much. Grey rows teach nothing: their group got "
+            "one reward.</p>", legend_html(data.path)]
     for step in shown:
         body.append(f"<h2>Step {step}</h2>")
         # those with spread first: where all completions score the same there is little to see
-        groups = sorted(samples[step].values(), key=lambda group: len({s["reward"] for s in group}) == 1)
+        groups = sorted(groups_at[step].values(), key=lambda group: len({s["reward"] for s in group}) == 1)
         for group in groups[:most_questions]:
             row = data[group[0]["row"]]
-            body.append(f'<div class="question">{"".join(map(image_html, row["images"]))}<div>'
-                        f'{html.escape(row["question"])}<br>'
-                        f'Options: {html.escape(", ".join(row["options"] or []))}<br>'
-                        f'Right answer: <span class="right">{html.escape(row["answer"])}</span></div></div>')
+            asked = html.escape(row["question"])
+            body.append(question_html(row["images"], asked, row["options"], row["answer"]))
             names = [key for key in group[0] if key.startswith("rewards/")]
             heads = "".join(f"<th>{html.escape(name.removeprefix('rewards/'))}</th>" for name in names)
             body.append(f"<table><tr><th>completion</th>{heads}<th>tokens</th><th>advantage</th></tr>")
-            for sample in group:
-                sign = "up" if sample["advantage"] > 0 else "down" if sample["advantage"] < 0 else "zero"
-                cells = "".join(f"<td>{sample[name]:g}</td>" for name in names)
-                cells += f'<td>{sample["length"]}</td><td>{sample["advantage"]:+.2f}</td>'
-                body.append(f'<tr class="{sign}"><td class="text">{html.escape(sample["completion"])}</td>'
-                            f'{cells}</tr>')
+            for one in group:
+                sign = "up" if one["advantage"] > 0 else "down" if one["advantage"] < 0 else "zero"
+                cells = "".join(f"<td>{one[name]:g}</td>" for name in names)
+                cells += f'<td>{one["length"]}</td><td>{one["advantage"]:+.2f}</td>'
+                said = html.escape(one["completion"])
+                body.append(f'<tr class="{sign}"><td class="text">{said}</td>{cells}</tr>')
             body.append("</table>")
     write_page(run / "rollouts.html", f"Rollouts of {short(run)}", body)
 
 
 # ---- The command -----------------------------------------------------------------------------------------
 
-def positive(text):
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return int(text)
-
-
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", help="folders or hub ids; default: runs/toy/final and its base")
-    parser.add_argument("--run", type=Path, help="evaluate every checkpoint of this training run instead")
-    parser.add_argument("--data", nargs="+", default=[str(TOY / "cvbench"), str(TOY / "test.parquet")],
-                        help="CV-Bench (hub id, folder, file), or a file as prepare_sat.py writes it")
-    parser.add_argument("--modes", nargs="+", default=["reasoning"],
-                        choices=["all", "reasoning", "direct", *MODES],
-                        help="how to ask; reasoning, direct: in the model's kind of prompt")
-    parser.add_argument("--limit", type=positive, help="only so many questions, always the same")
-    parser.add_argument("--batch_size", type=positive, default=32, help="questions decoded together")
-    parser.add_argument("--max_new_tokens", type=positive, default=1024, help="tokens at most per answer")
-    parser.add_argument("--max_pixels", type=positive, help="larger images are shrunk to this; default: the "
-                        "model's, which for a checkpoint is what it was trained with")
-    parser.add_argument("--temperature", type=float, help="default: 0, greedy, as the paper; 0.6 with --ask")
-    parser.add_argument("--seed", type=int, default=0, help="seed of sampling, if temperature is above 0")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
-    parser.add_argument("--strict", action="store_true", help="grade as training does: answer blocks only")
-    parser.add_argument("--output_dir", default=HERE / "results", type=Path, help="where answers are kept")
-    parser.add_argument("--regrade", nargs="+", type=Path, metavar="FILE", help="grade kept answers again")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="kept answers: how much better is B?")
-    parser.add_argument("--ask", metavar="QUESTION", help="a question of your own, to the last --model")
-    parser.add_argument("--image", nargs="+", default=[], help="images that --ask is about")
-    parser.add_argument("--top_p", type=float, default=0.95, help="with --ask: of the likeliest tokens")
+    add, toy_sets = parser.add_argument, PRESETS["toy"]["eval_data"].split(",")
+    add("--model", nargs="+", help="folders or hub ids; default: runs/toy/final and its base")
+    add("--run", type=Path, help="every checkpoint of this training run instead")
+    add("--data", nargs="+", default=toy_sets, help="CV-Bench, or files as prepare_sat.py writes them")
+    add("--modes", nargs="+", default=["reasoning"], choices=["all", "reasoning", "direct", *MODES],
+        help="how to ask; reasoning, direct: in the model's kind of prompt")
+    add("--limit", type=int, help="only so many questions, always the same")
+    add("--batch_size", type=int, default=32, help="questions decoded together")
+    add("--max_new_tokens", type=int, default=1024, help="tokens at most per answer")
+    add("--max_pixels", type=int, help="larger images are shrunk to this; default: as in training")
+    add("--temperature", type=float, help="default: 0, greedy, as the paper; 0.6 with --ask")
+    add("--seed", type=int, default=0, help="seed of sampling, if temperature is above 0")
+    add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
+    add("--strict", action="store_true", help="grade as training does: answer blocks only")
+    add("--output_dir", type=Path, default=HERE / "results", help="where answers are kept")
+    add("--regrade", nargs="+", type=Path, metavar="FILE", help="grade kept answers again")
+    add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="kept answers: how much better is B?")
+    add("--ask", metavar="QUESTION", help="a question of your own, to the last --model")
+    add("--image", nargs="+", default=[], help="images that --ask is about")
+    add("--top_p", type=float, default=0.95, help="with --ask: of the likeliest tokens")
     args = parser.parse_args(argv)
+    for flag in "limit", "batch_size", "max_new_tokens", "max_pixels":
+        if getattr(args, flag) is not None and getattr(args, flag) < 1:
+            fail(f"--{flag} must be at least 1")
     if args.image and not args.ask or args.ask == "":
         fail("--ask needs a question, and --image needs --ask")
-    if (args.temperature or 0) < 0 or not 0 < args.top_p <= 1:
+    if not 0 <= (args.temperature or 0) < inf or not 0 < args.top_p <= 1:
         fail("--temperature must be at least 0, and --top_p above 0 and at most 1")
+    args.data = [absolute(path) for path in args.data]
+    args.model = args.model and [absolute(path) for path in args.model]
     return args
 
 
@@ -824,9 +762,6 @@ def main(argv=None):
         return ask(args, state.device)
     args.temperature = args.temperature or 0.0
     sets = {path: load_questions(path, args.limit) for path in args.data}
-    for path, questions in sets.items():
-        if state.is_main_process and not args.limit:
-            check_counts(path, questions)
     files = defaultdict(list)  # (set, mode) -> answers of each model
     scores = args.run / "eval_full.jsonl" if args.run and state.is_main_process else None
     if scores:
@@ -850,7 +785,7 @@ def main(argv=None):
 
 
 def models_of(run, only_ends):
-    """-> the model that a run started from and its checkpoints in order; or only its start and its final/."""
+    """-> the model that a run started from and its checkpoints; or only its start and its final/."""
     if not (run / "config.json").exists() or only_ends and not (run / "final").exists():
         fail(f"{run} is not a finished run; `python grpo_vision.py` makes one, or name a --model")
     start = json.loads((run / "config.json").read_text())["model_name_or_path"]
@@ -858,7 +793,6 @@ def models_of(run, only_ends):
 
 
 def load(name, args, device):
-    """-> model, tokenizer, image processor"""
     tokenizer, image_processor = load_processors(name, max_pixels=args.max_pixels)
     model = load_model(name, tokenizer, dtype=getattr(torch, args.dtype)).to(device)
     set_threads(model)
@@ -866,16 +800,13 @@ def load(name, args, device):
 
 
 def evaluate(name, path, questions, mode, model, tokenizer, image_processor, args, state):
-    """One model on one set -> records (in the first process) and the file answers.jsonl that has them.
-
-    Each process takes every n-th question and writes to a file of its own. The first one takes these over
-    when all are done, or at the next start if they were killed.
-    """
+    """One model on one set -> records (in the first process) and the file that has them. Each process takes
+    every n-th question and writes a file of its own, which the first one takes over at the end."""
     known = {q["id"]: question_digest(q) for q in questions}
     settings = [sorted(dict(image_processor.size).items()), args.dtype, args.max_new_tokens, args.temperature,
                 args.seed if args.temperature else None, MODES[mode], sorted(known.items())]
-    fingerprint = digest([weights_digest(model), settings])
-    folder = args.output_dir / f"{slug(name)}--{slug(path)}--{mode}--{fingerprint}"
+    stem = f"{slug(name)}--{slug(path)}--{mode}"
+    folder = args.output_dir / f"{stem}--{digest([fingerprint(name), settings])}"
     folder.mkdir(parents=True, exist_ok=True)
     kept = lambda: {r["id"]: r for file in sorted(folder.glob("answers*.jsonl")) for r in read_jsonl(file)}
     done = kept()
@@ -898,30 +829,25 @@ def evaluate(name, path, questions, mode, model, tokenizer, image_processor, arg
     for file in folder.glob("answers.rank*.jsonl"):
         file.unlink()
     write_report(folder, title, records, questions, path)
-    print_scores(title, records)
-    print(f"    every answer, summary.md and report.html: {short(folder)}\n")
+    print(title, *map(markdown_table, tables_of(records)), sep="\n")
+    print(f"every answer, summary.md and report.html: {short(folder)}\n")
     return records, folder / "answers.jsonl"
 
 
 def regrade(files, strict):
-    """Files of answers -> the same with the verdicts of the grader as it is now. No model is loaded."""
+    """Files of answers -> the same with the verdicts of the grader as it is now."""
     for file in files:
         records = [with_verdict(record, strict) for record in read_jsonl(file)]
         if not records:
             fail(f"--regrade: {file} has no answers. Give files like results/NAME/answers.jsonl.")
         write_jsonl(file, records)
-        print_scores(str(file), records)
+        print(file, *map(markdown_table, tables_of(records)), sep="\n")
 
 
 def ask(args, device):
-    """Print a streamed answer to one question: temperature 0.6 and top_p 0.95 are Vision-R1's."""
+    """Answer one question, printed as it comes; temperature 0.6 and top_p 0.95 are Vision-R1's."""
     model, tokenizer, image_processor = load(args.model[-1], args, device)
-    images = []
-    for file in args.image:
-        try:
-            images.append(upright(Image.open(file)))
-        except Exception as error:  # PIL raises many kinds
-            fail(f"--image {file} cannot be read: {error}")
+    images = [open_image({"bytes": None, "path": file}, f"--image {file}") for file in args.image]
     question = {"text": args.ask, "images": images, "source": "asked"}
     text = prompt_text(question, choose_modes(args.modes, tokenizer)[0], tokenizer)
     prompt = build_prompts([text], [images], tokenizer, image_processor, model)
@@ -935,7 +861,7 @@ def ask(args, device):
 
 
 def stream(model, tokenizer, prompt, temperature, top_p, max_new_tokens, seed=0):
-    """transformers' own `generate` on a Prompt, printed as it comes -> ids of the completion (C,)"""
+    """transformers' own `generate`, printed as it comes -> ids of the completion (C,)"""
     model.generation_config = transformers.GenerationConfig()  # the published one: temperature 0.01, top_k 1
     inputs = dict(input_ids=prompt.input_ids, attention_mask=torch.ones_like(prompt.input_ids),
                   mm_token_type_ids=(prompt.input_ids == model.config.image_token_id).int())

@@ -324,7 +324,7 @@ def open_image(image, where, decode=True):
         picture = Picture.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
         return upright(picture) if decode else picture
     except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error ...
-        fail(f"{where}: its image cannot be read ({error}). Remove the row.")
+        fail(f"{where}: its image cannot be read ({error}). Remove or replace it.")
 
 
 def prompt_length(text, images, where, tokenizer, image_processor):
