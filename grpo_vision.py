@@ -1096,7 +1096,7 @@ def setup(cfg):
     run.policy, run.sampler, run.reference = build_models(cfg, start, run.accelerator.device, run.tokenizer,
                                                              sharded)
     trained = [weight for weight in run.policy.parameters() if weight.requires_grad]
-    run.optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=0.0)
+    run.optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=0.0, fused=True)
     if sharded:
         shard(run, cfg)
     if done:
