@@ -456,23 +456,20 @@ def legend_html(data_path):
     return f"<p>What is what:</p>{image_html(Image.open(found[0]), 640)}" if found else ""
 
 
-def score_rows(scores):
-    """{name: Score} -> rows of the score table, the heading first. The paper's columns are there if the
-    questions are all of CV-Bench's: no other set compares with them."""
-    rows = [["score", "% right", "95 % interval", "chance", "questions"]]
-    for name, s in scores.items():
-        rows.append([name, f"{s.value:.1f}", f"{s.low:.1f} .. {s.high:.1f}", f"{s.chance:.1f}", str(s.n)])
-    if PUBLISHED.items() <= {name: s.n for name, s in scores.items()}.items():
-        tasks = "score Count Relation Depth Distance total".split()
-        for name, values in PAPER.items():
-            value = dict(zip(tasks, [f"paper: {name}", *map(str, values)]))
-            rows = [[*row, value.get(row[0], "")] for row in rows]
-    return rows
-
-
 def tables_of(records):
-    rates = [[name, f"{value:.1f}"] for name, value in rates_of(records).items()]
-    return score_rows(scores_of(records)), [["% of answers; tokens", ""], *rates]
+    """Records -> tables, each rows of text, the heading first: scores, rates and, if the questions are all of
+    CV-Bench's, the paper's scores. No other set compares with them."""
+    scores, rates = scores_of(records), rates_of(records)
+    tables = [[["score", "% right", "95 % interval", "chance", "questions"]],
+              [["% of answers; tokens", ""], *([name, f"{value:.1f}"] for name, value in rates.items())]]
+    for name, s in scores.items():
+        tables[0].append([name, f"{s.value:.1f}", f"{s.low:.1f} .. {s.high:.1f}", f"{s.chance:.1f}", str(s.n)])
+    if PUBLISHED.items() <= {name: s.n for name, s in scores.items()}.items():
+        tasks = "Count Relation Depth Distance total".split()
+        systems = {"here": [scores[task].value for task in tasks]} | PAPER
+        tables.append([["paper, % right", *tasks]] + [[name, *(f"{value:.2f}" for value in values)]
+                                                      for name, values in systems.items()])
+    return tables
 
 
 def write_report(folder, title, records, questions, data_path, most=25):

@@ -988,8 +988,8 @@ class Config:
 
 PRESETS = {
     "toy": dict(model_name_or_path=f"{TOY}/base", data=str(TOY), max_pixels=None, max_prompt_length=256,
-                max_completion_length=64, max_steps=160, learning_rate=7e-5, beta=0.01, score_tokens=2048,
-                gradient_checkpointing=False, save_steps=80, eval_steps=10,
+                max_completion_length=64, max_steps=140, learning_rate=8e-5, beta=0.01, score_tokens=2048,
+                gradient_checkpointing=False, save_steps=70, eval_steps=7,
                 eval_data=f"{TOY}/cvbench,{TOY}/test.parquet"),
     "sat": {},
     # the paper's baseline: the same questions, answered without reasoning; 3750 x 8 is twice 15,000 rows

@@ -69,18 +69,10 @@ FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
 def write_tokenizer(folder, chat_template):
-    """A byte-level BPE of Qwen's kind with a few hundred tokens, from the prompt. -> ids of SPECIALS"""
-    bpe = Qwen2Tokenizer(vocab={SPECIALS[0]: 0}, merges=[], unk_token=None).backend_tokenizer
-    bpe.train_from_iterator([g.TEMPLATES["base"], "Is the square left? </think> <answer> no </answer>"] * 3,
-                            trainers.BpeTrainer(vocab_size=380, show_progress=False,
-                                                initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    learnt = json.loads(bpe.to_str())["model"]
-    end = SPECIALS[2] if chat_template == ROLES else SPECIALS[0]
-    tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(merge) for merge in learnt["merges"]],
-                               unk_token=None, bos_token=None, eos_token=end, pad_token=SPECIALS[0])
-    tokenizer.add_tokens([AddedToken(special, special=True, normalized=False) for special in SPECIALS])
-    tokenizer.add_special_tokens({"extra_special_tokens": SPECIALS[1:]}, replace_extra_special_tokens=True)
+    """The toy's tokenizer, a byte-level BPE of Qwen's kind. -> ids of SPECIALS"""
+    tokenizer = AutoTokenizer.from_pretrained(g.TOY / "base")
     tokenizer.chat_template = chat_template
+    tokenizer.eos_token = SPECIALS[2] if chat_template == ROLES else SPECIALS[0]
     tokenizer.save_pretrained(folder)
     return dict(zip((name[2:-2] for name in SPECIALS), tokenizer.convert_tokens_to_ids(SPECIALS)))
 
@@ -276,7 +268,7 @@ def sat(tmp_path_factory):
     """A folder with SAT_train.parquet as SAT has it, and train.parquet, which prepare_sat makes of it."""
     folder = tmp_path_factory.mktemp("sat")
     pq.write_table(pa.Table.from_pylist(SAT_ROWS, SAT_SCHEMA), folder / "SAT_train.parquet")
-    prepare_sat.main(["--parquet", str(folder / "SAT_train.parquet"), "--multi_image", "--out", str(folder)])
+    prepare_sat.main(["--from", str(folder / "SAT_train.parquet"), "--multi_image", "--out", str(folder)])
     return folder
 
 
@@ -373,28 +365,14 @@ def test_docstring_examples():
 # ---- Step 1: the prompt ----------------------------------------------------------------------------------
 
 @quick
-def test_prompts_are_the_papers_verbatim():
-    start = ("A conversation between User and Assistant. The user asks a question about the image, and the "
-             "Assistant solves it.")
-    assert g.TEMPLATES["base"] == (
-        start + " The assistant first thinks about the reasoning process in the mind and then provides the "
-        "user with the answer.\nUser: {question} \nAssistant: Let me solve this step by step.\n<think>")
-    assert g.TEMPLATES["base-direct"] == start + "\nUser: {question} \nAssistant: "
-    assert g.TEMPLATES["instruct"] == ("{question}  Output the thinking process in <think> </think> and "
-                                       "final answer (option) in <answer> </answer> tags.")
-
-
-@quick
 @pytest.mark.parametrize("images, start", [
     (0, ""), (1, g.IMAGE_TOKENS), (2, f"Picture 1: {g.IMAGE_TOKENS}Picture 2: {g.IMAGE_TOKENS}")])
-@pytest.mark.parametrize("options, expected", [
-    (["yes"], "yes"), (["left", "right"], "left or right"), (["1", "2", "3"], "1, 2 or 3"),
-    (["no, it would stay the same", "yes"], "no, it would stay the same or yes")])
-def test_a_row_becomes_the_papers_question_with_its_images_first(images, start, options, expected, processors):
+def test_a_row_becomes_the_papers_question_with_its_images_first(images, start, processors):
     tokenizer = copy.deepcopy(processors[0])
     tokenizer.chat_template = ROLES
-    row = dict(question="Where {is} it?", options=options, images=[None] * images)
-    question = "Answer in natural language. Where {is} it? Choose between the following options: " + expected
+    row = dict(question="Where {is} it?", options=["no, it would stay the same", "2", "3"], images=[None] * images)
+    question = ("Answer in natural language. Where {is} it? Choose between the following options: "
+                "no, it would stay the same, 2 or 3")
     assert g.row_text(row, "base", tokenizer) == start + g.TEMPLATES["base"].replace("{question}", question)
     assert g.row_text(row, "instruct", tokenizer) == (
         f"<|im_start|>user\n{start}{question}  Output the thinking process in <think> </think> and final "
@@ -413,6 +391,7 @@ def test_the_chat_template_chooses_the_prompt(processors):
             assert g.choose_prompt(tokenizer, "instruct-direct") == "instruct-direct"
 
 
+@quick
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prompts_have_a_pad_for_each_image_token_and_m_rope_positions(family, worlds):
     world = worlds[family]
@@ -420,205 +399,105 @@ def test_prompts_have_a_pad_for_each_image_token_and_m_rope_positions(family, wo
     sizes = [[(2, 3)], [], [(3, 5), (4, 2)]]     # in tokens, width and height
     texts = [g.IMAGE_TOKENS * len(some) + "Which one?" for some in sizes]
     images = [[picture(side * w, side * h) for w, h in some] for some in sizes]
-    found = g.build_prompts(texts, images, world.tokenizer, world.image_processor, world.model)
-    words = world.tokenizer("Which one?").input_ids
+    build = lambda *some: g.build_prompts(*some, world.tokenizer, world.image_processor, world.model)
+    found, words = build(texts, images), world.tokenizer("Which one?").input_ids
     start, end, _, pad, _ = world.tokenizer.convert_tokens_to_ids(SPECIALS[9:])
     for i, some in enumerate(sizes):
         expected = [x for w, h in some for x in [start, *[pad] * (w * h), end]] + words
-        assert found.input_ids[i, :found.lengths[i]].tolist() == expected and found.lengths[i] == len(expected)
+        assert found.input_ids[i, :found.lengths[i]].tolist() == expected
         assert found.next_position[i] == sum(2 + max(size) for size in some) + len(words)
-        alone = g.build_prompts([texts[i]], [images[i]], world.tokenizer, world.image_processor, world.model)
+        alone = build([texts[i]], [images[i]])
         assert torch.equal(found.position_ids[:, i, :found.lengths[i]], alone.position_ids[:, 0])
     assert len(found.pixel_values) == 4 * (6 + 15 + 8) and len(found.image_grid_thw) == 3
-
-
-def test_pixel_limits_reach_the_image_processor(model_dir, world):
-    def tokens(side, **limits):
-        tokenizer, image_processor = g.load_processors(model_dir, **limits)
-        images = [[picture(side, side)]]
-        return g.build_prompts([g.IMAGE_TOKENS], images, tokenizer, image_processor, world.model).lengths - 2
-    assert tokens(280) == 100 and tokens(280, max_pixels=28 * 28 * 16) == 16
+    world_of = lambda **limits: g.load_processors(world.folder, **limits)[1].size["longest_edge"]
+    assert world_of(max_pixels=12345) == 12345 != world_of()
 
 
 # ---- Step 3: the rewards, and the grading of evaluation --------------------------------------------------
 
 OPTIONS = ["right", "left", "no, it would stay the same", "15", "no"]
-# the right answer is left: completion | is it well formed | is it right
-COMPLETIONS = """<think> hm </think> <answer> left </answer> | 1 | 1
-<think>\\nhm\\n\\nhm\\n</think>\\n<answer>\\nleft\\n</answer>\\n | 1 | 1
-<think></think><answer>(B)</answer> | 1 | 1
-<think> hm </think> <answer> right </answer> | 1 | 0
-<think> hm </think> <answer> ... </answer> | 1 | 0
-<think> reasoning process here </think> <answer> answer here </answer> | 1 | 0
-<think> hm </think> <answer> left </answer> <answer> left </answer> | 0 | 0
-<think> hm </think> <answer> <answer> left </answer> | 0 | 0
-<think> hm </think> <answer> left | 0 | 0
-<think> hm left </answer> | 0 | 0
-<think> hm </think> left | 0 | 0
-<think> hm </think> <Answer> left </Answer> | 0 | 0
-<think> hm </think> <answer> </answer> | 0 | 0
-<think> hm </think> <think> hm </think> <answer> left </answer> | 0 | 1
-<think> <think> hm </think> <answer> left </answer> | 0 | 1
-<think> hm <answer> left </answer> </think> | 0 | 1
-<answer> left </answer> | 0 | 1
-<answer> left </answer> <think> hm </think> | 0 | 1
-So <think> hm </think> <answer> left </answer> | 0 | 1
-<think> hm </think> So <answer> left </answer> | 0 | 1
-<think> hm </think> <answer> left </answer> So. | 0 | 1
- | 0 | 0"""
+# (is it well formed, is it right, where left is right) -> completions
+COMPLETIONS = {
+    (1, 1): ["<think> hm </think> <answer> left </answer>", "<think></think><answer>(B)</answer>",
+             "<think>\nhm\n\nhm\n</think>\n<answer>\nleft\n</answer>\n"],
+    (1, 0): ["<think> hm </think> <answer> right </answer>", "<think> hm </think> <answer> ... </answer>",
+             "<think> reasoning process here </think> <answer> answer here </answer>"],
+    (0, 0): ["<think> hm </think> <answer> left </answer> <answer> left </answer>", "<think> hm left </answer>",
+             "<think> hm </think> <answer> <answer> left </answer>", "<think> hm </think> <answer> left", "",
+             "<think> hm </think> left", "<think> hm </think> <Answer> left </Answer>",
+             "<think> hm </think> <answer> </answer>"],
+    (0, 1): ["<think> hm </think> <think> hm </think> <answer> left </answer>", "<answer> left </answer>",
+             "<think> <think> hm </think> <answer> left </answer>", "<think> hm <answer> left </answer> </think>",
+             "<answer> left </answer> <think> hm </think>", "So <think> hm </think> <answer> left </answer>",
+             "<think> hm </think> So <answer> left </answer>", "<think> hm </think> <answer> left </answer> So."]}
 
 
 @quick
 def test_rewards_of_completions():
     row = dict(answer="left", options=OPTIONS, question="?", num_tokens=7)
-    for line in COMPLETIONS.splitlines():
-        text, form, right = line.split(" | ")
-        text, form, right = text.replace("\\n", "\n"), int(form), int(right)
+    for (form, right), text in ((key, text) for key, texts in COMPLETIONS.items() for text in texts):
         assert g.format_reward(text, **row) == form and g.accuracy_reward(text, **row) == right, text
         assert g.hard_reward(text, **row) == form * right and g.REWARDS["length"](text, **row) == 0.007
-    assert g.accuracy_reward("Left.", template="base-direct", **row) == 1 and not g.accuracy_reward("Left.", **row)
+    assert g.accuracy_reward("Left.", template="base-direct", **row) == 1
+    assert g.accuracy_reward("Left.", **row) == 0
 
 
-ANSWERS = {  # what is said | the option it chooses in evaluation | and in training
-    "2,3,4": """(C) | 4 | -
-C. | 4 | -
-c) | 4 | -
-4 | 4 | -
-4.0 | 4 | -
-The answer is (C) | 4 | -
-The answer is C, as I counted them. | 4 | -
-Answer: C | 4 | -
-C) 4 | 4 | -
-Option B | 3 | -
-The answer is a matter of taste. | - | -
-four | 4 | -
-There are four chairs. | 4 | -
-The left one has 4. | 4 | -
-There are 14 chairs, or 4.5. | - | -
-There are 5 chairs. | - | -
-(A) or (C) | - | -
-(A) 2? No. The answer is (C) 4. | 4 | -
-The answer is (A) or (C). | - | -
-(C) 3 | - | -
-(D) | - | -
-(D), or 4 | - | -
-I cannot see the image. | - | -
-<answer>(C)</answer> | 4 | 4
-<answer> c. </answer> | 4 | 4
-<answer>4</answer> | 4 | 4
-<answer>four</answer> | 4 | -
-<answer>E</answer> | - | -
-<answer></answer> | - | -
-<answer>...</answer> | - | -
-<answer>()</answer> | - | -
-<answer>Final Answer: C</answer> | 4 | 4
-<answer>I see 4 of them, so (C)</answer> | 4 | -
-<answer>2</answer> wait <answer>4</answer> | 4 | -
-<think> not 2, not 3 </think> <answer>(C) | 4 | -
-<think> not 2, not 3, so 4 </think> | - | -
-<think> there are 2 on the left and | 2 | -
-<think> there are 2 on the left and 2 or 3 | - | -
-**C** | 4 | -
-The correct answer is **C**. | 4 | -
-Answer: **C** | 4 | -
-[C] | 4 | -
-{C} | 4 | -
-C, | 4 | -
-<b>C</b> | 4 | -
-\\boxed{C} | 4 | -
-The correct choice is C | 4 | -
-**A** or **C** | - | -
-[A] or [C] | - | -
-<answer>le ft</answer> | - | -
- | - | -""",
-    "right,left": """So it is left. | left | -
-Either left or right. | - | -
-It is a thing on the left | left | -
-It is leftmost | - | -
-(b) left | left | -
-(b) right | - | -
-(B) The lamp stands to the left of the table, not to the right. | left | -
-(B), because what is on the right is the table | left | -
-(A) or (B), I cannot say which | - | -
-(A) is wrong, so (B) | - | -
-<answer>Left.</answer> | left | left
-<answer>left or right</answer> | - | -"""}
+# options -> {the one that an answer chooses in evaluation, or none: answers}; in training most choose none
+ANSWERS = {
+    "2,3,4": {
+        "4": ["(C)", "C.", "c)", "4", "4.0", "The answer is (C)", "The answer is C, as I counted them.", "Answer: C",
+              "C) 4", "four", "There are four chairs.", "The left one has 4.", "(A) 2? No. The answer is (C) 4.",
+              "<answer>four</answer>", "<answer>I see 4 of them, so (C)</answer>", "C,", "[C]", "{C}", "**C**",
+              "<answer>2</answer> wait <answer>4</answer>", "<think> not 2, not 3 </think> <answer>(C)",
+              "The correct answer is **C**.", "Answer: **C**", "<b>C</b>", "\\boxed{C}", "The correct choice is C"],
+        "3": ["Option B"], "2": ["<think> there are 2 on the left and"],
+        "": ["The answer is a matter of taste.", "There are 14 chairs, or 4.5.", "There are 5 chairs.", "(A) or (C)",
+             "The answer is (A) or (C).", "(C) 3", "(D)", "(D), or 4", "I cannot see the image.", "<answer>E</answer>",
+             "<answer></answer>", "<answer>...</answer>", "<answer>()</answer>", "**A** or **C**", "[A] or [C]", "",
+             "<think> not 2, not 3, so 4 </think>", "<think> there are 2 on the left and 2 or 3"]},
+    "right,left": {
+        "left": ["So it is left.", "It is a thing on the left", "(b) left",
+                 "(B) The lamp stands to the left of the table, not to the right.",
+                 "(B), because what is on the right is the table"],
+        "": ["Either left or right.", "It is leftmost", "(b) right", "(A) or (B), I cannot say which",
+             "(A) is wrong, so (B)", "<answer>left or right</answer>", "<answer>le ft</answer>"]}}
+ANSWERS_IN_TRAINING = {"2,3,4": {"4": ["<answer>(C)</answer>", "<answer> c. </answer>", "<answer>4</answer>",
+                                       "<answer>Final Answer: C</answer>"]},
+                       "right,left": {"left": ["<answer>Left.</answer>"]}}
 
 
 @quick
 def test_the_table_of_answers():
-    for options, lines in ((options.split(","), lines) for options, lines in ANSWERS.items()):
-        for line in lines.splitlines():
-            text, *expected = line.split(" | ")
-            for strict, option in zip((False, True), expected, strict=True):
-                find = g.choose if strict else eval_cvbench.read_choice
-                said = eval_cvbench.read_answer(text, strict)
-                assert find(said, options) == (None if option == "-" else option), line
+    for table, in_training in (ANSWERS, False), (ANSWERS_IN_TRAINING, True):
+        for names, expected, text in ((names, expected, text) for names, chosen in table.items()
+                                      for expected, texts in chosen.items() for text in texts):
+            options = names.split(",")
+            for strict, option in (False, expected), (True, expected if in_training else ""):
+                find, said = g.choose if strict else eval_cvbench.read_choice, eval_cvbench.read_answer(text, strict)
+                assert find(said, options) == (option or None), text
                 right = [solution for solution in options if g.grade(said, solution, options, find)]
-                assert right == ([] if option == "-" else [option]), line
+                assert right == [option] * bool(option), text
+    assert g.choose("B", ["x", "A", "B"]) == "B" and g.choose("A", ["x", "y"]) == "x"  # text goes before letter
 
 
-@quick
-@pytest.mark.parametrize("count", range(2, 7))
-def test_letters_choose_among_two_to_six_and_never_beyond(count):
-    options = "one chair,a lamp,the door,B,window,no".split(",")[:count]
-    for i, letter in enumerate("ACDEFGH"):
-        i += i > 0  # "B" is the text of another option, once there are four
-        expected = options[i] if i < count else None
-        for text in letter, f"({letter})", f"{letter}.", f"The answer is ({letter}).":
-            assert eval_cvbench.read_choice(text, options) == expected
-            assert g.choose(text, options) == (None if "answer" in text else expected)
-    assert g.choose("B", options) == ("B" if count > 3 else "a lamp")  # a text goes before a letter
-
-
-MATHEMATICS = """  solution | answer block or text | equal
-140° | $140^\\circ$ | 1
-$140^\\circ$ | 140° | 1
-140 | 140 degrees | 1
-140° | 141° | 0
-\\frac{3}{4} | 0.75 | 1
-0.75 | 3/4 | 1
-\\frac{3}{4} | \\frac{4}{3} | 0
-2\\sqrt{3} | $2\\sqrt{3}$ | 1
-2 \\sqrt { 221 } | 2\\sqrt{221} | 1
-2\\sqrt{3} | \\sqrt{12} | 1
-2\\sqrt{3} | 2√3 | 1
-2\\sqrt{3} | 3.46 | 0
-5 | x=5 | 1
-x=5 | 5 | 1
-5 | x = 6 | 0
-10 cm | 10 | 1
-10 | 10 cm | 1
-10\\text{ cm} | 10 cm | 1
-10 | 12 cm | 0
-50% | 50\\% | 1
-50 | 50% | 1
-0.5 | 50% | 1
-1,000 | 1000 | 1
-1000 | 1,000 | 1
-1000 | 1,001 | 0
-5 |  | 0
-5 | ... | 0
-5 | 3, 4 or 5 | 0
-12\\pi | 12π | 1
-12\\pi | 37.7 | 0
-(1,2) | (1, 2) | 1
-(1,2) | (2, 1) | 0
--3 | 3 | 0
-5 | Final Answer:5 | 1
-5 | Final Answer: \\boxed{5} | 1
-y=2x+1 | y = 1 + 2x | 1
-24.5 | 24.50 | 1
-5 | \\frac{\\frac{\\frac{ | 0
-5 | 5 </answer> <answer> 6 | 0"""
+# solution = answer block or text; where "!=" stands they are not equal
+MATHEMATICS = """
+140° = $140^\\circ$ ; $140^\\circ$ = 140° ; 140 = 140 degrees ; 140° != 141° ; \\frac{3}{4} = 0.75 ; 0.75 = 3/4
+\\frac{3}{4} != \\frac{4}{3} ; 2\\sqrt{3} = $2\\sqrt{3}$ ; 2 \\sqrt { 221 } = 2\\sqrt{221} ; 2\\sqrt{3} = \\sqrt{12}
+2\\sqrt{3} = 2√3 ; 2\\sqrt{3} != 3.46 ; 5 = x=5 ; x=5 = 5 ; 5 != x = 6 ; 10 cm = 10 ; 10 = 10 cm ; 10 != 12 cm
+10\\text{ cm} = 10 cm ; 50% = 50\\% ; 50 = 50% ; 0.5 = 50% ; 1,000 = 1000 ; 1000 = 1,000 ; 1000 != 1,001 ; 5 !=
+5 != ... ; 5 != 3, 4 or 5 ; 12\\pi = 12π ; 12\\pi != 37.7 ; (1,2) = (1, 2) ; (1,2) != (2, 1) ; -3 != 3
+5 = Final Answer:5 ; 5 = Final Answer: \\boxed{5} ; y=2x+1 = y = 1 + 2x ; 24.5 = 24.50 ; 5 != \\frac{\\frac{\\frac{
+5 != 5 </answer> <answer> 6"""
 
 
 def test_the_table_of_mathematics():
-    pytest.importorskip("math_verify") if "CI" not in os.environ else None
-    for line in MATHEMATICS.splitlines()[1:]:
-        solution, answer, equal = map(str.strip, line.split(" | "))
-        for completion in f"<think> 7 and 8 </think> <answer> {answer} </answer>", f"<answer>{answer}</answer>":
-            assert g.math_reward(completion, answer=solution, num_tokens=3) == int(equal), line
+    cases = [case.strip() for case in MATHEMATICS.replace("\n", " ; ").split(" ; ") if case.strip()]
+    assert len(cases) == 39
+    for case in cases:
+        solution, sign, answer = re.fullmatch(r"(.+?) (!?=)(?: (.*))?", case).groups()
+        for completion in f"<think> 7, 8 </think> <answer> {answer or ''} </answer>", f"<answer>{answer or ''}</answer>":
+            assert g.math_reward(completion, answer=solution, num_tokens=3) == (sign == "="), case
     assert g.math_reward("The sides are 3 and 4, so it is 5", answer="5") == 1  # no block: the whole text
     row = dict(answer=r"\frac{1}{2}", num_tokens=1)
     assert g.hard_reward("<think></think><answer>0.5</answer>", options=[], **row) == 1
@@ -627,15 +506,14 @@ def test_the_table_of_mathematics():
 
 
 @quick
-@pytest.mark.parametrize("text", ["(", "\\", "[a-z", "\0", "²", "<think>" * 500, "</answer><answer>",
-                                  "</think><answer>" * 300, "(a)" * 300, "é" * 500])
-def test_no_text_breaks_the_rewards(text):
-    for options in OPTIONS, ["(", "\\", "[a-z"], [str(i) for i in range(40)]:
-        for completion in text, f"<think>{text}</think><answer>{text}</answer>":
-            assert g.format_reward(completion) in (0, 1)
-            assert g.accuracy_reward(completion, answer=options[0], options=options) in (0, 1)
-            said = eval_cvbench.read_answer(completion)
-            assert g.grade(said, options[0], options, eval_cvbench.read_choice) in (0, 1)
+def test_no_text_breaks_the_rewards():
+    for text in ("(", "\\", "[a-z", "\0", "²", "<think>" * 500, "</think><answer>" * 300, "(a)" * 300, "é" * 500):
+        for options in OPTIONS, ["(", "\\", "[a-z"], [str(i) for i in range(40)]:
+            for completion in text, f"<think>{text}</think><answer>{text}</answer>":
+                assert g.format_reward(completion) in (0, 1)
+                assert g.accuracy_reward(completion, answer=options[0], options=options) in (0, 1)
+                said = eval_cvbench.read_answer(completion)
+                assert g.grade(said, options[0], options, eval_cvbench.read_choice) in (0, 1)
 
 
 @quick
@@ -1015,11 +893,6 @@ def test_settings_and_their_precedence(model_dir, sat, tmp_path, capsys):
     assert g.parse_config(["--learning_rate", "0.5"]).learning_rate == 0.5
     changed = g.parse_config([*own, *flags, "accuracy, format"])
     assert (changed.max_steps, changed.rewards, changed.learning_rate) == (7, "accuracy,format", 1e-6)
-    paper = dict(model_name_or_path="Qwen/Qwen2-VL-2B", prompts_per_step=8, num_generations=8, max_steps=1500,
-                 beta=0.04, learning_rate=1e-6, max_grad_norm=1.0, temperature=1.0, max_completion_length=700,
-                 max_prompt_length=1024, max_pixels=401408, save_steps=100, num_iterations=1, loss_type="grpo",
-                 rewards="accuracy,format", scale_rewards=True, lr_scheduler_type="linear")
-    assert {name: getattr(g.Config(), name) for name in paper} == paper and g.PRESETS["sat"] == {}
     source = "".join(Path(module.__file__).read_text() for module in (g, eval_cvbench))
     with pytest.raises(SystemExit, match="0"):
         g.parse_config(["--help"])
@@ -1028,20 +901,23 @@ def test_settings_and_their_precedence(model_dir, sat, tmp_path, capsys):
         assert re.search(rf"\bcfg\.{setting.name}\b", source) and setting.metadata["help"].split()[0] in shown
 
 
-def test_bad_settings_stop_with_one_sentence(model_dir, tmp_path):
+def test_bad_settings_stop_with_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    for flags in ["--preset paper", "--learning_rat 1", "--rewards accuracy,style", "--num_generations 1",
+    for flags in ["--rewards accuracy,style", "--num_generations 1",
                   "--max_steps 0", "--temperature 0", "--temperature 1e-40", "--temperature nan", "--beta nan",
                   "--learning_rate nan", "--learning_rate inf", "--learning_rate -1", "--prompts_per_step 0",
-                  "--score_tokens 0", "--max_pixels 0", "--max_pixels -5", "--prompt base-direct",
+                  "--score_tokens 0", "--max_pixels 0", "--max_pixels -5", "--rewards accuracy,format --prompt base-direct",
                   f"--model_name_or_path {tmp_path}/none", f"--model_name_or_path {tmp_path}/empty",
                   f"--model_name_or_path {tmp_path.name}/none/here", "--data data/none", "--eval_data toy/none"]:
-        with stops(flags.split()[-1] if "/none" in flags else "--rewards" if "direct" in flags else flags.split()[0]):
+        with stops(flags.split()[1] if "/none" in flags else flags.split()[0]):
             g.main(flags.split())
-    for flags in "--max_steps many", "--loss_type ppo", "--algorithm ppo", "--freeze all", "--prompt mine":
+    for flags in "--preset paper", "--learning_rat 1", "--max_steps many", "--loss_type ppo", "--prompt mine":
         with pytest.raises(SystemExit, match="2"):
             g.parse_config(flags.split())
     assert not (g.RUNS / "paper").exists()
+    monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(num_processes=3))
+    with stops("--prompts_per_step 8", "3 processes"):
+        g.make_accelerator(g.Config())
 
 
 # ---- Preparation -----------------------------------------------------------------------------------------
@@ -1069,7 +945,7 @@ COLUMNS = ["images", "question", "options", "answer", "question_type", "source_r
 @pytest.mark.parametrize("multi_image, kept", [(False, [0, 5]), (True, [0, 1, 5])])
 def test_sat_rows_are_kept_or_skipped_for_a_reason(multi_image, kept, sat, processors, tmp_path, capsys):
     flags = ["--multi_image"] if multi_image else []
-    rows, counts = prepared(tmp_path, capsys, "--parquet", sat / "SAT_train.parquet", *flags)
+    rows, counts = prepared(tmp_path, capsys, "--from", sat / "SAT_train.parquet", *flags)
     several = {} if multi_image else {"several images": 1}
     assert counts == {"kept": len(kept), "broken image": 2, "answer not among the options": 1, **several}
     assert rows.column_names == COLUMNS and rows["source_row"][:] == kept
@@ -1083,13 +959,13 @@ def test_sat_rows_are_kept_or_skipped_for_a_reason(multi_image, kept, sat, proce
     assert data.kept == list(range(len(kept))) and sizes(data[0]) == [(84, 56)]
 
 
-def test_options_are_shuffled_with_a_seed_and_the_limit_counts_kept_rows(sat, tmp_path, capsys):
+def test_options_are_shuffled_with_a_seed_and_the_limit_counts_kept_rows():
     columns = prepare_sat.choose_columns("SAT", SAT_SCHEMA.names)
     parse = lambda row: prepare_sat.parse_row(row, columns, None, "text")
-    places = lambda seed: [row["options"].index("3")
-                           for row in prepare_sat.convert([SAT_ROWS[0]] * 100, parse, seed=seed)]
+    convert = lambda rows, *more, **how: list(prepare_sat.convert(rows, parse, {}, *more, **how))
+    places = lambda seed: [row["options"].index("3") for row in convert([SAT_ROWS[0]] * 100, seed=seed)]
     assert places(0) == places(0) != places(1) and min(Counter(places(0))[i] for i in range(5)) > 5
-    assert len(list(prepare_sat.convert(SAT_ROWS * 3, parse, 3))) == 3
+    assert len(convert(SAT_ROWS * 3, 3)) == 3
 
 
 CHAIN = "<think>\nTwo legs, \"four\" ...\n</think>\n\n<answer> Final Answer:B </answer>"
@@ -1119,34 +995,30 @@ GOOD_CHATS = [  # row, question, answer
     (chat(completion="<think></think> <answer>two\nchairs</answer>\n"), "Which?", "two\nchairs"),
     ({"conversations": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": CHAIN}],
       "image": "a.png"}, "Which?", "B")]  # LLaVA-CoT's half of Vision-R1-cold has `image`
-BAD_CHATS = [
-    ("odd shape", ["no dict", {}, {"conversations": None}, {"conversations": ["Hello", CHAIN]}, None, 3]),
-    ("not one question and one reply",
-     [{"conversations": []}, {"conversations": chat()["conversations"] * 2, "images": ["a.png"]},
-      chat(user="system"), chat(user="assistant", assistant="user"), chat(question=3), chat(user=[]),
-      chat(completion=None)]),
-    ("not one <think> and one <answer> block", [
-        chat(completion=text) for text in (
-            "", "<answer>B</answer>", "<think>B", "<think>B</think>", "<think>B</think>B", "<think>B</think><answer>B",
-            "<think>B</think><answer> </answer>", "<think>B</think><answer>A</answer><answer>B</answer>",
-            "Well. " + CHAIN, CHAIN + " Yes.", "<think>A</think> " + CHAIN)]),
-    ("empty answer", [chat(completion="<think></think><answer>Final Answer: </answer>")]),
-    ("broken text", [chat(completion=CHAIN.replace("legs", "\ud83d"))]),
-    ("empty question", [chat("<image>\n ")]), ("no image", [chat(image=[]), chat(image=None)]),
-    ("missing image", [chat(image=name) for name in ("none.png", "sub", "", "nul\0.png", "x" * 5000)]
-     + [chat(image=[3]), chat(image={"path": None})]),
-    ("image outside its folder", [chat(image="../secret.png"), chat(image="/etc/hostname"),
-                                  chat(image="link.png"), chat(image="sub/../../secret.png")]),
-    ("broken image", [chat(image="broken.png")]), ("several images", [chat(image=["a.png", "sub/b.jpg"])])]
+BAD_CHATS = {
+    "odd shape": ["no dict", {}, {"conversations": None}, {"conversations": ["Hello", CHAIN]}, None, 3,
+                  chat(completion=["?"])],
+    "not one question and one reply": [
+        {"conversations": []}, {"conversations": chat()["conversations"] * 2, "images": ["a.png"]},
+        chat(user="system"), chat(user="assistant", assistant="user"), chat(user=[])],
+    "not one <think> and one <answer> block": [chat(completion=text) for text in (
+        "", None, "<answer>B</answer>", "<think>B", "<think>B</think><answer> </answer>", CHAIN + " Yes.")],
+    "broken text": [chat(completion=CHAIN.replace("legs", "\ud83d"))],
+    "its own answer would earn no reward": [chat(completion="<think></think><answer>Final Answer: </answer>")],
+    "empty question": [chat("<image>\n ")], "no image": [chat(image=[]), chat(image=None)],
+    "missing image": [chat(image=name) for name in ("none.png", "sub", "", "nul\0.png", "x" * 5000, [3])],
+    "image outside its folder": [chat(image=name) for name in (
+        "../secret.png", "/etc/hostname", "link.png", "sub/../../secret.png")],
+    "broken image": [chat(image="broken.png")], "several images": [chat(image=["a.png", "sub/b.jpg"])]}
 
 
 @pytest.mark.parametrize("layout", ["list", "lines"])
-def test_sharegpt_chains_are_kept_or_skipped_for_a_reason(layout, pictures, tmp_path, capsys):
-    rows = [row for row, *_ in GOOD_CHATS] + [row for _, bad in BAD_CHATS for row in bad]
-    file = tmp_path / "chains.json"
+def test_chains_are_kept_or_skipped_for_a_reason(layout, pictures, tmp_path, capsys):
+    rows = [row for row, *_ in GOOD_CHATS] + [row for bad in BAD_CHATS.values() for row in bad]
+    file = pictures / "chains.json"
     file.write_text(json.dumps(rows, indent=1) if layout == "list" else "\n\n".join(map(json.dumps, rows)))
-    found, counts = prepared(tmp_path, capsys, "--sharegpt", file, "--image_dir", pictures)
-    assert counts == {"kept": len(GOOD_CHATS), **{reason: len(bad) for reason, bad in BAD_CHATS}}
+    found, counts = prepared(tmp_path, capsys, "--from", file)
+    assert counts == {"kept": len(GOOD_CHATS), **{reason: len(bad) for reason, bad in BAD_CHATS.items()}}
     assert found.column_names == [*COLUMNS, "completion"]
     assert sizes(found[2]) == [(84, 56)] and sizes(found[0]) == [(56, 84)]
     for row, (_, question, answer) in zip(found, GOOD_CHATS):
@@ -1159,27 +1031,22 @@ def test_sharegpt_chains_are_kept_or_skipped_for_a_reason(layout, pictures, tmp_
 OF_IMAGE, OF_BYTES = datasets.Image(), datasets.Value("binary")
 
 
-@pytest.mark.parametrize("kind, value", [
-    (OF_IMAGE, {"bytes": ONE, "path": "gone.jpg"}), (datasets.List(OF_IMAGE), [{"bytes": ONE, "path": None}]),
-    (OF_BYTES, ONE), (datasets.List(OF_BYTES), [ONE]),
-    ({"bytes": OF_BYTES, "path": datasets.Value("string")}, {"bytes": None, "path": "sub/b.jpg"}),
-    (datasets.Value("string"), "sub/b.jpg"), (datasets.List(datasets.Value("string")), ["sub/b.jpg"])],
-    ids=["Image", "Images", "bytes", "list of bytes", "dict", "path", "paths"])
-@pytest.mark.parametrize("folder", [False, True], ids=["file", "folder"])
-def test_images_of_your_own_data_may_have_any_usual_form(kind, value, folder, pictures, tmp_path, capsys):
-    text = datasets.Value("string")
-    features = datasets.Features(image=kind, problem=text, solution=text)
-    rows = [{"image": value, "problem": "<image>Which?", "solution": "this"}] * 3
-    datasets.Dataset.from_list(rows, features).to_parquet(pictures / "train.parquet")
-    if folder:
-        datasets.Dataset.from_list(rows[:1], features).to_parquet(pictures / "train-2.parquet")
-        for other in pictures.glob("*.png"):  # `datasets` takes a folder of mostly pictures for another kind
-            other.unlink()
-    found, counts = prepared(tmp_path / "own", capsys, "--from",
-                             pictures if folder else pictures / "train.parquet")
-    assert counts == {"kept": 3 + folder} and found.column_names == COLUMNS
-    assert all(sizes(row) == [(84, 56)] for row in found)
-    assert found[0]["question"] == "Which?" and found[0]["answer"] == "this" and found[0]["options"] == []
+def test_images_of_your_own_data_may_have_any_usual_form(pictures, tmp_path, capsys):
+    text, struct = datasets.Value("string"), {"bytes": OF_BYTES, "path": datasets.Value("string")}
+    kinds = [(OF_IMAGE, {"bytes": ONE, "path": "gone.jpg"}), (datasets.List(OF_IMAGE), [{"bytes": ONE, "path": None}]),
+             (OF_BYTES, ONE), (datasets.List(OF_BYTES), [ONE]), (struct, {"bytes": None, "path": "sub/b.jpg"}),
+             (text, "sub/b.jpg"), (datasets.List(text), ["sub/b.jpg"])]
+    for other in pictures.glob("*.png"):  # `datasets` takes a folder of mostly pictures for another kind
+        other.unlink()
+    for i, (kind, value) in enumerate(kinds):
+        rows = [{"image": value, "problem": "<image>Which?", "solution": "this"}] * 3
+        data = datasets.Dataset.from_list(rows, datasets.Features(image=kind, problem=text, solution=text))
+        data.to_parquet(pictures / "train.parquet")
+        for source in pictures / "train.parquet", pictures:
+            found, counts = prepared(tmp_path / f"own-{i}-{source.name}", capsys, "--from", source)
+            assert counts == {"kept": 3} and found.column_names == COLUMNS
+            assert all(sizes(row) == [(84, 56)] for row in found)
+            assert (found[0]["question"], found[0]["answer"], found[0]["options"]) == ("Which?", "this", [])
 
 
 NAN = float("nan")
@@ -1304,34 +1171,23 @@ def test_your_own_data_and_geometry_train(pictures, train, tmp_path, capsys):
 
 def test_data_that_cannot_be_prepared_stops(sat, pictures, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    raw, less, chain = sat / "SAT_train.parquet", tmp_path / "less.parquet", tmp_path / "chain.json"
+    raw, less = sat / "SAT_train.parquet", tmp_path / "less.parquet"
     pq.write_table(pq.read_table(raw).drop_columns(["question"]), less)
-    chain.write_text(json.dumps([chat(image="none.png")]))
-    for name, text in {"list.json": '[{"a": 1},\n{"b" 2}]', "lines.jsonl": '{"a": 1}\n\n{"b": 2',
-                       "none.json": "[]"}.items():
+    for name, text in {"list.json": '[{"a": 1},\n{"b" 2}]', "lines.jsonl": '{"a": 1}\n\n{"b": 2', "none.json": "[]",
+                       "chain.json": json.dumps([chat(image="none.png")])}.items():
         (tmp_path / name).write_text(text)
-    for flags, words in [
-            (["--parquet", "none.parquet"], ["none.parquet", "does not exist"]),
-            (["--parquet", pictures / "a.png"], ["a.png", "Parquet"]),
-            (["--parquet", less], ["less.parquet", "question or problem", "image_bytes, answers"]),
-            (["--from", less, "--columns", "answer=label"], ["answer=label", "image_bytes"]),
-            (["--from", less, "--columns", "reply=answers"], ["reply=answers", "question_type"]),
-            (["--from", less, "--columns", "answer"], ["--columns answer", "OURS=THEIRS"]),
-            (["--from", raw, "--columns", "answer="], ["--columns answer=NAME"]),
-            (["--from", "none/here"], ["none/here", "hub"]), (["--from", "none.jsonl"], ["none.jsonl"]),
-            (["--from", "list.json"], ["list.json, line 2"]), (["--from", "lines.jsonl"], ["line 3"]),
-            (["--from", "none.json"], ["none.json", "(none)"]),
-            (["--from", raw, "--columns", "answer=question"], ["SAT_train.parquet", "no row"]),
-            (["--sharegpt", "none.json"], ["none.json", "no row"]), (["--sharegpt", chain], ["no row"]),
-            (["--sharegpt", "gone.json"], ["gone.json"]), (["--sharegpt", pictures / "a.png"], ["a.png"]),
-            (["--sharegpt", chain, "--image_dir", "none"], ["--image_dir none"]),
-            (["--image_dir", pictures], ["--image_dir", "--sharegpt"]),
-            (["--parquet", raw, "--answers", "text"], ["--columns", "--from"]),
-            (["--parquet", raw, "--limit", 0], ["--limit 0"])]:
-        with stops(*words):
-            prepare_sat.main([*map(str, flags), "--out", str(tmp_path / "out")])
+    for flags, words in {
+            f"{pictures}/a.png": "a.png Parquet", "less.parquet": "less.parquet question image_bytes, answers",
+            "less.parquet --columns answer=label": "answer=label image_bytes",
+            "less.parquet --columns reply=answers": "reply=answers question_type",
+            "less.parquet --columns answer": "--columns OURS=THEIRS", f"{raw} --columns answer=": "answer=NAME",
+            "none/here": "none/here hub", "none.jsonl": "none.jsonl", "list.json": "list.json line 2 column",
+            "lines.jsonl": "line 3", "none.json": "none.json (none)", "chain.json": "chain.json no row",
+            f"{raw} --columns answer=question": "SAT_train.parquet no row", f"{raw} --limit 0": "--limit 0"}.items():
+        with stops(*words.split()):
+            prepare_sat.main(["--from", *flags.split(), "--out", "out"])
     with stops("/proc/none", "written"):
-        prepare_sat.main(["--parquet", str(raw), "--out", "/proc/none"])
+        prepare_sat.main(["--from", str(raw), "--out", "/proc/none"])
     assert not list(tmp_path.glob("out/*")) and not (tmp_path / "data").exists()
 
 
@@ -1517,29 +1373,6 @@ def test_beta_0_loads_no_reference_and_later_iterations_clip(train, tmp_path, mo
     assert called == dict(load_model=7, sample=5)
     assert same_weights(tmp_path / "0/final", tmp_path / "1e9/final")  # 0: never clipped
     assert not same_weights(tmp_path / "0/final", tmp_path / "1e-9/final")
-
-
-@pytest.mark.parametrize("freeze, moves, stays", [
-    ("vision", "model.embed_tokens.weight", "visual."), ("llm", "visual.", "model.")])
-def test_frozen_weights_stay_and_the_others_move(freeze, moves, stays, train, model_dir, tmp_path):
-    train(tmp_path / "run", "--freeze", freeze, "--max_steps", 2, "--save_steps", 1)
-    before, after = weights_of(Path(model_dir)), weights_of(tmp_path / "run/final")
-    same = {name: torch.equal(before[name].float(), after[name]) for name in before}
-    assert all(same[name] for name in same if name.startswith(stays))
-    assert not any(same[name] for name in same if name.startswith(moves))
-    state = FileSystemReader(tmp_path / "run/checkpoint-1/state").read_metadata().state_dict_metadata
-    assert any("exp_avg" in key for key in state)
-    assert not any("exp_avg" in key and ("visual" in key) == (freeze == "vision") for key in state)
-
-
-@pytest.mark.parametrize("size, processes, threads", [(9, 1, 1), (4000, 1, 6), (4000, 2, 3), (4000, 8, 1)])
-def test_threads_do_not_depend_on_the_launcher(size, processes, threads, monkeypatch):
-    asked = []
-    monkeypatch.setattr(torch, "set_num_threads", asked.append)
-    monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
-    g.set_threads(SimpleNamespace(num_parameters=lambda: size**2))
-    assert asked == [threads]
 
 
 def test_grpo_without_thinking_takes_the_whole_completion_as_the_answer(train, sat, tmp_path):
@@ -1813,12 +1646,6 @@ def test_the_ways_to_start_give_the_same_bits_on_the_toy_sharded_or_not(tmp_path
     assert not same_weights(tmp_path / "python/checkpoint-1", tmp_path / "python/final")
 
 
-def test_what_several_processes_cannot_share_stops(monkeypatch):
-    monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(num_processes=3))
-    with stops("--prompts_per_step 8", "3 processes"):
-        g.make_accelerator(g.Config())
-
-
 # ---- Evaluation ------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
@@ -1845,16 +1672,13 @@ def test_all_modes_are_asked_in_the_papers_words(evaluate, evaluated, model_dirs
     user = lambda text: "<|im_start|>user\n" + g.IMAGE_TOKENS + text + "<|im_end|>\n<|im_start|>assistant\n"
     expected = {
         "base-reasoning": lambda q: g.IMAGE_TOKENS + g.TEMPLATES["base"].format(question=q),
-        "base-direct": lambda q: g.IMAGE_TOKENS + "A conversation between User and Assistant. The user asks "
-            f"a question about the image, and the Assistant solves it.\nUser: {q} \nAssistant: ",
+        "base-direct": lambda q: g.IMAGE_TOKENS + g.TEMPLATES["base-direct"].format(question=q),
         "instruct-reasoning": lambda q: user(q + "\nOutput the thinking process in <think> </think> and "
                                                  "final answer in <answer> </answer> tags."),
         "instruct-direct": user}
-    folders = evaluate(tmp_path, "--modes", "all", model=model_dirs["qwen2_5_vl"])
-    printed = capsys.readouterr()
-    assert "warning" in printed.err and "2 of Count, not 788" in printed.err
+    folders, printed = evaluate(tmp_path, "--modes", "all", model=model_dirs["qwen2_5_vl"]), capsys.readouterr().out
     for word in "Count Relation Depth Distance ADE20K COCO Omni3D total 2D 3D official unparsed".split():
-        assert word in printed.out
+        assert f"| {word} " in printed
     for found, modes in (folders, list(expected)), (evaluated, list(expected)[:2]):
         assert sorted(found) == sorted(modes)
         for mode, folder in found.items():
@@ -1868,7 +1692,7 @@ def test_all_modes_are_asked_in_the_papers_words(evaluate, evaluated, model_dirs
             assert all(r["completion"].startswith("<think>") == (mode == "base-reasoning") for r in records)
 
 
-def test_held_out_and_free_questions_are_asked_as_in_training(sat, world, model_dir, tmp_path):
+def test_held_out_and_free_questions_are_asked_as_in_training(sat, world, evaluate, tmp_path):
     rows = datasets.Dataset.from_parquet(str(sat / "train.parquet"))
     questions, tokenizer = eval_cvbench.load_questions(str(sat / "train.parquet")), copy.deepcopy(world.tokenizer)
     tokenizer.chat_template = ROLES
@@ -1877,17 +1701,15 @@ def test_held_out_and_free_questions_are_asked_as_in_training(sat, world, model_
             asked = eval_cvbench.prompt_text(q, f"{template}-reasoning", tokenizer)
             assert asked == g.row_text(row, template, tokenizer)
         assert (q["answer"], q["options"]) == (row["answer"], row["options"])
-    write_rows(tmp_path / "free.parquet", [{**row, "options": [], "answer": "$0.5$", "images": [dict(
-        bytes=ONE, path=None)]} for row in rows.to_list()])
-    eval_cvbench.main(["--model", model_dir, "--data", str(tmp_path / "free.parquet"), "--max_new_tokens", "4",
-                       "--output_dir", str(tmp_path / "results")])
-    folder, = (tmp_path / "results").iterdir()
+    free = dict(options=[], answer="$0.5$", images=[dict(bytes=ONE, path=None)])
+    write_rows(tmp_path / "free.parquet", [row | free for row in rows.to_list()])
+    folder = evaluate(tmp_path / "results", "--data", tmp_path / "free.parquet")["base-reasoning"]
     assert json.loads((folder / "summary.json").read_text())["scores"]["total"]["chance"] == 0
     record = jsonl(folder / "answers.jsonl")[0] | {"completion": r"<answer> \frac{1}{2} </answer>"}
     assert eval_cvbench.with_verdict(record, False)["correct"]  # without options, by mathematics too
 
 
-def test_batched_answers_are_those_of_one_at_a_time_and_of_generate(cvbench, world):
+def test_batched_answers_are_those_of_one_at_a_time(cvbench, world):
     questions, model = eval_cvbench.load_questions(str(cvbench)), copy.copy(world.model)
     model.eos_ids = [world.tokenizer.eos_token_id]
     ask = lambda mode, n: sorted(eval_cvbench.answer_questions(
@@ -1896,16 +1718,6 @@ def test_batched_answers_are_those_of_one_at_a_time_and_of_generate(cvbench, wor
     for mode in "base-direct", "base-reasoning":
         one = ask(mode, 1)
         assert one == ask(mode, 3) == ask(mode, 32) and len({r["completion"] for r in one}) > 2
-        for r in one:
-            image = prepare_sat.open_image(questions[r["id"]]["images"][0], "")
-            prompt = g.build_prompts([r["prompt"]], [[image]], world.tokenizer, world.image_processor, model)
-            world.each.append(prompt)
-            theirs = world.stock.generate(
-                **world.inputs(len(world.each) - 1), do_sample=False, max_new_tokens=10, eos_token_id=model.eos_ids,
-                suppress_tokens=model.suppressed.nonzero()[:, 0].tolist())[0, prompt.input_ids.shape[1]:]
-            assert r["completion"] == g.completion_text(r["prompt"], theirs, world.tokenizer)
-            assert r["length"] == len(theirs)
-    del world.each[4:]
 
 
 def test_asking_streams_the_sampled_answer(world, model_dir, tmp_path, capsys):
@@ -1915,18 +1727,16 @@ def test_asking_streams_the_sampled_answer(world, model_dir, tmp_path, capsys):
         assert ids.tolist() == g.sample(model, [prompt], 1, 12, 0).completion_ids[0].tolist()
         assert capsys.readouterr().out.strip() == world.tokenizer.decode(ids, skip_special_tokens=True).strip()
     draw = lambda seed: eval_cvbench.stream(model, world.tokenizer, world.each[0], 0.6, 0.95, 12, seed).tolist()
-    drawn = [draw(0), draw(0), draw(1)]
-    assert drawn[0] == drawn[1] != drawn[2]  # the model's own generation_config has top_k 1
+    assert draw(0) == draw(0) != draw(1)  # the model's own generation_config has top_k 1
     picture(84, 56).save(tmp_path / "a.png")
-    capsys.readouterr()
     flags = ["--model", model_dir, "--max_new_tokens", "5"]
-    eval_cvbench.main([*flags, "--ask", "Which?", "--image", str(tmp_path / "a.png"), str(tmp_path / "a.png")])
-    printed = capsys.readouterr().out
-    assert re.fullmatch(r"<think>.+\n\(cut off: .*\)\n\(no answer block\)\n", printed, re.DOTALL)
     for more, words in (["--ask", "?", "--image", "none.png"], "none.png"), (["--ask", ""], "--ask"), (
             ["--image", "a.png"], "--ask"):
         with stops(words):
             eval_cvbench.main([*flags, *more])
+    capsys.readouterr()
+    eval_cvbench.main([*flags, "--ask", "Which?", "--image", *[str(tmp_path / "a.png")] * 2])
+    assert re.fullmatch(r"<think>.+\n\(cut off: .*\)\n\(no answer block\)\n", capsys.readouterr().out, re.DOTALL)
 
 
 @quick
@@ -1977,17 +1787,14 @@ def test_scores_by_hand():
 
 @quick
 def test_intervals_are_those_of_a_bootstrap_and_the_sign_test_counts_all_ways():
-    rng = random.Random(0)
+    rng, mean = random.Random(0), lambda some: sum(some) / len(some)
     verdicts = {name: [rng.random() < p for _ in range(n)]
                 for name, n, p in (("ADE20K", 150, 0.9), ("COCO", 200, 0.8), ("Omni3D", 300, 0.2))}
-    found, mean = eval_cvbench.scores_of(answered(verdicts)), lambda some: sum(some) / len(some)
-    again = [{name: rng.choices(some, k=len(some)) for name, some in verdicts.items()} for _ in range(4000)]
-    official = [100 * ((mean(x["ADE20K"]) + mean(x["COCO"])) / 2 + mean(x["Omni3D"])) / 2 for x in again]
-    total = [100 * mean(rng.choices(sum(verdicts.values(), []), k=650)) for _ in range(4000)]
-    ends = lambda values: [sorted(values)[int(share * len(values))] for share in (0.025, 0.975)]
-    assert [found["official"].low, found["official"].high] == pytest.approx(ends(official), abs=0.6)
-    assert [found["total"].low, found["total"].high] == pytest.approx(ends(total), abs=0.6)
-    assert abs(found["total"].low - ends(official)[0]) > 1  # the control: it is not any interval
+    found = eval_cvbench.scores_of(answered(verdicts))["official"]
+    again = [{name: mean(rng.choices(some, k=len(some))) for name, some in verdicts.items()} for _ in range(4000)]
+    official = sorted(100 * ((x["ADE20K"] + x["COCO"]) / 2 + x["Omni3D"]) / 2 for x in again)
+    assert [found.low, found.high] == pytest.approx([official[100], official[3900]], abs=0.6)
+    assert abs(found.low - official[400]) > 0.6  # the control: it is not any interval
     pairs = [(True, True)] * 6 + [(False, False)] * 4 + [(True, False)] * 3 + [(False, True)] * 9
     a, b = ([{"correct": pair[i]} for pair in pairs] for i in (0, 1))
     sums = [abs(sum(signs)) for signs in itertools.product((1, -1), repeat=12)]
@@ -1996,86 +1803,74 @@ def test_intervals_are_those_of_a_bootstrap_and_the_sign_test_counts_all_ways():
 
 
 @quick
-def test_the_papers_rows_and_a_warning_depend_on_the_published_counts(capsys):
+def test_the_papers_rows_need_the_published_counts():
     of_each = {("Count", "ADE20K"): 633, ("Count", "COCO"): 155, ("Relation", "COCO"): 650,
                ("Depth", "Omni3D"): 600, ("Distance", "Omni3D"): 600}
     records = [{**answered({source: [1]})[0], "task": task} for (task, source), n in of_each.items()
                for _ in range(n)]
-    for some, whole in (records, True), (records[1:], False):
-        table = eval_cvbench.markdown_table(eval_cvbench.score_rows(eval_cvbench.scores_of(some)))
-        assert ("| paper: base + GRPO | 59.64 | 66.76 | 54.16 | 56.66 | 59.47 |" in table) == whole
-        eval_cvbench.check_counts("it", some)
-        said = capsys.readouterr().err
-        assert (said == "") == whole and ("787 of Count, not 788; 632 of ADE20K, not 633" in said) == (not whole)
+    *_, table = eval_cvbench.tables_of(records)
+    assert ["base + GRPO", "59.64", "66.76", "54.16", "56.66", "59.47"] in table and len(table) == 9
+    assert table[1] == ["here", *["100.00"] * 5] and len(eval_cvbench.tables_of(records[1:])) == 2
 
 
 def test_a_killed_or_second_start_asks_what_is_missing(evaluate, evaluated, tmp_path, monkeypatch):
-    whole = contents(evaluated["base-reasoning"])
-    append = eval_cvbench.append_jsonl
-    for kill_after in 1, 3:
-        asked = []
-        with monkeypatch.context() as patch:
-            def killed(path, records, left=[kill_after]):
-                left[0] -= 1
-                if left[0] < 0:
-                    raise KeyboardInterrupt
-                append(path, records)
-            patch.setattr(eval_cvbench, "append_jsonl", killed)
-            with pytest.raises(KeyboardInterrupt):
-                evaluate(tmp_path / str(kill_after))
-        folder, = (tmp_path / str(kill_after)).iterdir()
-        with open(folder / "answers.rank1.jsonl", "w") as file:  # another process, killed in its first line
-            file.write(whole["answers.jsonl"][:40])
-        monkeypatch.setattr(eval_cvbench, "append_jsonl", lambda path, records: (
-            asked.extend(records), append(path, records)))
-        evaluate(tmp_path / str(kill_after))
-        assert len(asked) == 5 - kill_after and contents(folder) == whole
-    evaluate(tmp_path / "1")
-    assert len(asked) == 5 - kill_after  # nothing is left to ask
+    whole, append, asked = contents(evaluated["base-reasoning"]), eval_cvbench.append_jsonl, []
+
+    def killed(path, records):
+        append(path, records)
+        asked.extend(records)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_cvbench, "append_jsonl", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path)
+    folder, = tmp_path.iterdir()
+    with open(folder / "answers.rank1.jsonl", "w") as file:  # another process, killed in its first line
+        file.write(whole["answers.jsonl"][:40])
+    for _ in range(2):
+        evaluate(tmp_path)
+        assert len(asked) == 5 and contents(folder) == whole
     (folder / "answers.jsonl").write_text("{\n" + whole["answers.jsonl"])
     with stops("answers.jsonl, line 1"):
-        evaluate(tmp_path / str(kill_after))
+        evaluate(tmp_path)
 
 
 def test_two_processes_give_the_results_of_one(evaluate, evaluated, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_cvbench, "main", lambda argv: launch(2, g.HERE / "eval_cvbench.py", *argv))
-    folder = evaluate(tmp_path)["base-reasoning"]
-    assert folder.name == evaluated["base-reasoning"].name and contents(folder) == contents(evaluated["base-reasoning"])
+    found, one = evaluate(tmp_path)["base-reasoning"], evaluated["base-reasoning"]
+    assert found.name == one.name and contents(found) == contents(one)
 
 
-def test_answers_of_other_weights_settings_or_questions_have_a_folder_of_their_own(evaluate, evaluated, model_dir,
-                                                                                  tmp_path, capsys):
+def test_other_weights_settings_or_questions_have_a_folder_of_their_own(evaluate, evaluated, model_dir, tmp_path):
     shutil.copytree(model_dir, tmp_path / "tiny")
+    for flags in ["--max_new_tokens 5", "--limit 3", "--temperature 1", "--temperature 1 --seed 1", "--max_pixels 9999"]:
+        evaluate(tmp_path / "results", *flags.split())
+    evaluate(tmp_path / "results", model=str(tmp_path / "tiny"))
     weights = weights_of(tmp_path / "tiny")
     weights["model.norm.weight"][3] += 1  # one weight of a retrained model in the same folder
-    results = lambda *flags, model=model_dir: evaluate(tmp_path / "results", *flags, model=model)["base-reasoning"].name
-    names = [evaluated["base-reasoning"].name, results("--max_new_tokens", 5), results("--limit", 3),
-             results("--temperature", 1), results("--temperature", 1, "--seed", 1), results("--max_pixels", 9999),
-             results(model=str(tmp_path / "tiny"))]
     save_file(weights, tmp_path / "tiny/model.safetensors", metadata={"format": "pt"})
-    results(model=str(tmp_path / "tiny"))
-    assert len(list((tmp_path / "results").iterdir())) == 7 and len(set(names[:1] + names[-1:])) == 2
+    evaluate(tmp_path / "results", model=str(tmp_path / "tiny"))
+    names = {folder.name for folder in (tmp_path / "results").iterdir()}
+    assert len(names) == 7 and evaluated["base-reasoning"].name not in names
 
 
 def test_regrading_and_comparing_take_files(evaluated, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval_cvbench, "load_model", None)  # none is needed
-    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    a, b, c = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
     said = ["The answer is (B)", "<answer>4</answer>", "three", "<answer>A</answer> <answer>4.</answer>", "..."]
     records = [{**r, "completion": text, "correct": None, "chosen": "?"}
                for r, text in zip(jsonl(evaluated["base-direct"] / "answers.jsonl"), said, strict=True)]
-    a.write_text("".join(json.dumps(r) + "\n" for r in records))
+    eval_cvbench.write_jsonl(a, records)
     for flags, expected in ([], [True, True, False, True, False]), (["--strict"], [False, True, False, False, False]):
         eval_cvbench.main(["--regrade", str(a), *flags])
         assert [r["correct"] for r in jsonl(a)] == expected and "total" in capsys.readouterr().out
-    b.write_text("".join(json.dumps({**r, "correct": r["id"] > 1}) + "\n" for r in jsonl(a)[1:]))
+    eval_cvbench.write_jsonl(b, [{**r, "correct": r["id"] > 1} for r in jsonl(a)[1:]])
     eval_cvbench.main(["--compare", str(a), str(b)])
-    printed = capsys.readouterr()
-    line = next(line for line in printed.out.splitlines() if line.startswith("    total"))
-    assert re.search(r"A +25.0 +B +75.0 +B - A \+50.0 .*p = 0.62", line), line
-    assert "1 questions" in printed.err
-    c = tmp_path / "c.jsonl"
-    c.write_text("".join(json.dumps({**r, "question": "?"}) + "\n" for r in jsonl(b)))
-    for flags, word in (["--compare", a, c], "same questions"), (["--compare", a, tmp_path / "none"], "not exist"), (
+    printed = capsys.readouterr().out
+    assert re.search(r"    total +A +25.0 +B +75.0 +B - A \+50.0 .*p = 0.62", printed) and "4 questions; 1" in printed
+    eval_cvbench.write_jsonl(c, [{**r, "question": "?"} for r in jsonl(b)])
+    for flags, word in (["--compare", a, c], "same questions"), (["--compare", a, tmp_path / "none"], "none"), (
             ["--regrade", tmp_path / "none"], "no answers"):
         with stops(word):
             eval_cvbench.main(list(map(str, flags)))
@@ -2087,11 +1882,11 @@ class Page(HTMLParser):
         super().__init__()
         self.open, self.tags, self.text = [], Counter(), ""
         self.feed(path.read_text())
+        assert self.open == []
 
     def handle_starttag(self, tag, attributes):
         self.tags[tag] += 1
-        if tag not in ("meta", "img", "br"):
-            self.open.append(tag)
+        self.open += [tag] if tag not in ("meta", "img", "br") else []
         assert not any(value and value.startswith(("http", "//")) for _, value in attributes)
 
     def handle_endtag(self, tag):
@@ -2104,46 +1899,43 @@ class Page(HTMLParser):
 def test_pages_are_self_contained_and_show_markup_as_text(cvbench, evaluated, trained, sat, tmp_path):
     evil = "</pre></td></table><script>alert('x')</script><img src=x onerror=alert(1)> & <b> {body} %s"
     questions = eval_cvbench.load_questions(str(cvbench))
-    records = [{**r, "completion": evil, "extracted": evil, "options": [*r["options"], evil], "task": "Count <i>",
-                "chosen": evil} for r in jsonl(evaluated["base-direct"] / "answers.jsonl")]
-    pages = []
-    for most in 25, 2:
+    records = [{**r, "completion": evil, "extracted": evil, "task": "Count <i>", "chosen": evil}
+               for r in jsonl(evaluated["base-direct"] / "answers.jsonl")]
+    for q in questions:
+        q["options"] = [*q["options"], evil]
+    for most in 2, 25:
         eval_cvbench.write_report(tmp_path, evil, records, questions, str(cvbench), most)
-        pages.append(Page(tmp_path / "report.html"))
-        assert pages[-1].open == [] and pages[-1].tags["img"] == min(5, most) and not pages[-1].tags["script"]
-    assert pages[0].text.count(evil) >= 16 and not pages[0].tags["b"] and not pages[0].tags["i"]
-    data, run = prepare_sat.TrainingData(sat), tmp_path / "run"
+        page = Page(tmp_path / "report.html")
+        assert page.tags["img"] == min(5, most) and not page.tags["script"]
+    assert page.text.count(evil) >= 16 and not page.tags["b"] and not page.tags["i"]
+    data = prepare_sat.TrainingData(sat)
     data.table = data.table.map(lambda row: row | dict(question=evil, answer=evil, options=[evil] * 2))
-    run.mkdir()
     (tmp_path / "legend.png").write_bytes(encoded(picture(60, 60), "PNG"))
     data.path = tmp_path / "sat/train.parquet"
-    eval_cvbench.append_jsonl(run / "completions.jsonl", [
-        {**sample, "completion": evil} for sample in jsonl(trained[0] / "completions.jsonl")])
-    eval_cvbench.write_rollouts(run, data)
-    page, usual = Page(run / "rollouts.html"), Page(trained[0] / "rollouts.html")
-    assert page.open == [] and page.text.count(evil) > 24 and len(usual.tags) > 8
+    samples = [{**sample, "completion": evil} for sample in jsonl(trained[0] / "completions.jsonl")]
+    eval_cvbench.write_jsonl(tmp_path / "completions.jsonl", samples)
+    eval_cvbench.write_rollouts(tmp_path, data)
+    page, usual = Page(tmp_path / "rollouts.html"), Page(trained[0] / "rollouts.html")
+    assert page.text.count(evil) > 24 and len(usual.tags) > 8
     assert page.tags - usual.tags == Counter(img=1, p=1)  # the legend; else the same elements as with harmless text
 
 
 def test_evaluation_data_with_faults_stops(cvbench, evaluate, tmp_path):
     table = pq.read_table(cvbench / "test_2d.parquet")
-    replace = lambda name, values: table.drop_columns([name]).append_column(name, values)
-    files = {"less": (table.drop_columns(["prompt"]), "'prompt'"),
-             "letter": (replace("answer", pa.array(["(B)", "(D)", "(A)"])), "row 1"),
-             "null": (replace("answer", pa.array(["(B)", None, "(A)"])), "row 1: answer"),
-             "none": (replace("choices", pa.array([["3", "4"], None, ["3", "4"]])), "row 1: choices")}
-    for broken in NO_JPEG, None:
-        images = [{"bytes": broken if i == 1 else ONE, "path": None} for i in range(3)]
-        files[f"image{broken}"] = replace("image", pa.array(images)), "row 1"
+    replace = lambda name, values: table.drop_columns([name]).append_column(name, pa.array(values))
+    image = lambda broken: replace("image", [{"bytes": broken if i == 1 else ONE, "path": None} for i in range(3)])
+    files = {"less": (table.drop_columns(["prompt"]), "'prompt'"), "image": (image(NO_JPEG), "row 1"),
+             "letter": (replace("answer", ["(B)", "(D)", "(A)"]), "row 1"), "blank": (image(None), "row 1"),
+             "null": (replace("answer", ["(B)", None, "(A)"]), "row 1: answer"),
+             "none": (replace("choices", [["3", "4"], None, ["3", "4"]]), "row 1: choices")}
     for name, (content, words) in files.items():
         pq.write_table(content, tmp_path / f"{name}.parquet")
         with stops(name, words):
             evaluate(tmp_path / "results", "--data", tmp_path / f"{name}.parquet")
     assert not list((tmp_path / "results").rglob("answers*"))  # before the first answer
-    with stops("no/such/file"):
-        evaluate(tmp_path, "--data", "no/such/file")
     for flags, words in {"--modes instruct-direct": "--modes instruct-direct, base-reasoning, base-direct",
-                         "--temperature -1": "--temperature", "--top_p 0": "--top_p"}.items():
+                         "--temperature -1": "--temperature", "--top_p 0": "--top_p", "--limit 0": "--limit",
+                         "--data no/such/file": "no/such/file"}.items():
         with stops(*words.split(", ")):
             evaluate(tmp_path, *flags.split())
 
