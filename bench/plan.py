@@ -1,346 +1,222 @@
-"""What a run will hold in memory on each device, from the model's config.json alone: nothing is loaded.
+"""What a run will hold in memory on each device, from the model's config.json alone: no weights are loaded.
 
-    python bench/plan.py --preset sat --num_processes 1                    # Qwen2-VL-2B on one GPU
-    python bench/plan.py --preset sat --num_processes 4 --freeze vision    # every flag of grpo_vision.py
-    python bench/plan.py --model_name_or_path data/toy/base --device cpu --prompt_tokens 100
-    python bench/plan.py --check                           # beside measured growth, on the CPU; 10 minutes
+    python bench/plan.py --preset sat                           # Qwen2-VL-2B on one GPU
+    python bench/plan.py --preset vision-r1 --num_processes 8   # every flag of grpo_vision.py is taken
+    python bench/plan.py --check                                # beside measured growth, on the CPU
 
-The worst case is planned: prompts of --prompt_tokens (default: --max_prompt_length), as many of them image
-tokens as --max_pixels allows; completions of full length while sampling, and in the update of the length
-whose chunk is largest (many short rows can take more than few long ones, as each needs the prompt's keys
-and values). Rollout and update each have a peak, the reference's scoring stays below the update's, and a
-step's peak is the larger one. Python and the data come on top, and a GPU's own 1 to 2 GB.
-
-Activations are what autograd saves for the backward, counted tensor by tensor in `Activations`. Only the
-float32 ones are checked by measurement, on CPU; those of a GPU follow the same count in bf16.
+The worst case is planned: prompts of --max_prompt_length, nearly all image, and completions of full length.
+Python, the data and a GPU's own 1 to 2 GB come on top. What autograd keeps for the backward is counted on
+small copies of the model, with one layer and with two, for a few tokens and for more, since it grows in
+proportion. They compute on the CPU as the run will on its device.
 """
 import argparse
 import copy
-import dataclasses
+import itertools
 import json
-import math
-import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
-from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
-from transformers import AutoConfig, Qwen2VLConfig, Qwen2VLForConditionalGeneration
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import AutoConfig, AutoModelForImageTextToText
 
 import step  # bench/step.py, which also puts the folder of grpo_vision.py on the path
 import grpo_vision as gv
 
-# the published config.json of Qwen2-VL-2B, as far as shapes go
-QWEN2_VL_2B = dict(
-    text_config=dict(vocab_size=151936, hidden_size=1536, intermediate_size=8960, num_hidden_layers=28,
-                     num_attention_heads=12, num_key_value_heads=2),
-    vision_config=dict(depth=32, embed_dim=1280, hidden_size=1536, num_heads=16, mlp_ratio=4),
-    tie_word_embeddings=True)
+TEXT = dict(vocab_size=151936, num_attention_heads=16, num_key_value_heads=2, hidden_size=2048)
+WINDOWS = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
+MODELS = {  # the published config.json of each, as far as shapes go: family, text, vision
+    "Qwen/Qwen2-VL-2B": ("qwen2_vl", *step.QWEN2_VL_2B),
+    "Qwen/Qwen2.5-VL-3B-Instruct": (
+        "qwen2_5_vl", dict(intermediate_size=11008, num_hidden_layers=36),
+        WINDOWS | dict(out_hidden_size=2048)),
+    "Qwen/Qwen2.5-VL-7B-Instruct": (
+        "qwen2_5_vl", dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
+                           num_attention_heads=28, num_key_value_heads=4),
+        WINDOWS | dict(out_hidden_size=3584)),
+    "Qwen/Qwen3-VL-2B-Instruct": (
+        "qwen3_vl", dict(intermediate_size=6144, num_hidden_layers=28, num_key_value_heads=8, head_dim=128),
+        dict(depth=24, hidden_size=1024, intermediate_size=4096, num_heads=16, out_hidden_size=2048,
+             patch_size=16, deepstack_visual_indexes=[5, 11, 17]))}
 GB, F32 = 1e9, 4
 
 
 def parse_args(argv=None):
     """-> args of the plan's own, and grpo_vision's Config."""
-    parser = argparse.ArgumentParser(description="Memory plan; see the head of this file. All flags of "
-                                                 "grpo_vision.py are taken as well.")
+    parser = argparse.ArgumentParser(description="Memory plan; see the head of this file.")
     parser.add_argument("--num_processes", type=int, default=1)
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cpu for --preset toy, else cuda")
-    parser.add_argument("--prompt_tokens", type=int, help="default: --max_prompt_length")
-    parser.add_argument("--check", action="store_true", help="beside measured growth, in four shapes")
-    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)  # a child of --check
+    parser.add_argument("--check", action="store_true", help="beside measured growth, in six cases")
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
-    cfg = gv.parse_config(rest)
-    args.device = args.device or ("cpu" if cfg.preset == "toy" else "cuda")
-    args.prompt_tokens = args.prompt_tokens or cfg.max_prompt_length
-    if cfg.attn_implementation == "eager":
-        gv.fail("--attn_implementation eager: only sdpa and flash_attention_2 are planned")
-    return args, cfg
+    return args, gv.parse_config(rest)
 
 
 def read_config(path):
-    if path == "Qwen/Qwen2-VL-2B":
-        return Qwen2VLConfig(**QWEN2_VL_2B)
-    try:
+    if path not in MODELS:
         return AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        gv.fail(f"cannot read the config of {path}: {str(error).strip().splitlines()[0]}")
+    family, text, vision = MODELS[path]
+    return AutoConfig.for_model(family, text_config=TEXT | text, vision_config=dict(vision),
+                                tie_word_embeddings="7B" not in path)
 
 
-@dataclass
-class Count:
-    """Numbers of parameters."""
-    total: int
-    trained: int
-    layers: int      # of the language model, without embedding
-    largest: int     # decoder layer or vision block, which FSDP gathers as one
-    vision: int
-    embedding: int   # V * H; also the head, if tied
+def shrunk(config, layers, depth, vocab):
+    """The config of a model of the same width, but with few layers, vision blocks and words."""
+    config = copy.deepcopy(config)
+    config.text_config.num_hidden_layers, config.vision_config.depth = layers, depth
+    config.text_config.vocab_size, config.text_config.layer_types = vocab, ["full_attention"] * layers
+    config.vision_config.deepstack_visual_indexes = [0]
+    config.vision_config.fullatt_block_indexes = list(range(depth))
+    return config
 
 
-def count_parameters(config, freeze="none"):
-    with torch.device("meta"):
-        model = Qwen2VLForConditionalGeneration(config)
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    language, vision = model.model.language_model, model.model.visual
-    embedding, total = language.embed_tokens.weight.numel(), count(model)
-    units = [*language.layers, *vision.blocks]
-    frozen = {"none": 0, "vision": count(vision), "llm": total - count(vision)}[freeze]
-    return Count(total, total - frozen, count(language) - embedding, max(map(count, units)), count(vision),
-                 embedding)
+def kept(model, autocast, function, *arguments):
+    """-> bytes that autograd keeps for the backward of function(model, *arguments), the weights excepted."""
+    weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+    def pack(x):
+        storage = x.untyped_storage()
+        found[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in weights)
+        return x.detach()  # x itself could hold its own graph
+    with saved_tensors_hooks(pack, lambda x: x):
+        result = gv.Policy(model, autocast)(function, *arguments)
+    assert len(result)  # it was alive, and with it the graph, until all was counted
+    return sum(found.values())
 
 
-@dataclass
-class Activations:
-    """Bytes that autograd saves in one forward, by the tensors that each operation keeps for its backward.
-
-    A norm keeps its input in float32 and the normalised input; a linear layer its input; attention its
-    queries, keys, values and output; SwiGLU gate, silu(gate) and up; quick_gelu x, sigmoid and product. A
-    frozen weight needs no input for its gradient, so linear layers and norms then keep less. Autocast casts
-    the input of each linear layer anew: three copies for q, k and v, two for gate and up.
-    """
-    config: Qwen2VLConfig
-    cfg: gv.Config
-    compute: int      # bytes of a number in the computation
-    autocast: bool
-
-    def layers(self, tokens, keys, mask=0):
-        """The decoder layers over `tokens`; keys: numbers in a layer's keys, mask: in its attention mask."""
-        text, c, trained = self.config.text_config, self.compute, self.cfg.freeze != "llm"
-        H, I = text.hidden_size, text.intermediate_size
-        head = H // text.num_attention_heads
-        residual = F32 if self.autocast else c
-        norm = F32 + trained * residual
-        linear_inputs = trained * c * (5 if self.autocast else 2)                    # of q k v, of gate up
-        per_token = (H * (2 * norm + linear_inputs) + 2 * c * H + c * I * (3 + trained)  # 2 c H: q, output
-                     + 2 * residual * head)                                          # cos and sin
-        return (text.num_hidden_layers * (tokens * per_token + 2 * c * keys + c * mask)
-                + tokens * H * norm)                                                 # the last norm
-
-    def vision(self, patches):
-        if self.cfg.freeze == "vision":
-            return 0
-        tower, c = self.config.vision_config, self.compute
-        E, ratio, norm = tower.embed_dim, tower.mlp_ratio, F32 if self.autocast else self.compute
-        # two norms and what follows them; qkv, rotated q and k, output twice; the MLP
-        block = E * (2 * norm + 2 * c + 3 * c + 4 * c + 3 * ratio * c)
-        merger = E * (norm + 3 * c)
-        return patches * (tower.depth * block + merger)
-
-    def encode(self, prompt_tokens, image_tokens):
-        """Image tower and prompt."""
-        text = self.config.text_config
-        kv = text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-        return self.vision(4 * image_tokens) + self.layers(prompt_tokens, prompt_tokens * kv)
-
-    def score(self, prompt_tokens, rows, C):
-        """R completions of C tokens behind the prompt, up to the head. Under sdpa, the causal mask over
-        prompt and completion makes transformers repeat keys and values for each query head."""
-        text = self.config.text_config
-        width, length = text.hidden_size, prompt_tokens + C
-        if self.cfg.attn_implementation != "sdpa":
-            width = width // text.num_attention_heads * text.num_key_value_heads
-        mask = rows * C * length if self.cfg.attn_implementation == "sdpa" else 0
-        return (self.layers(rows * C, rows * length * width, mask)
-                + rows * C * text.hidden_size * self.compute)                        # the head's input
+# The bytes of `encode` and `score` are linear in these terms. seen: what the rows attend to, added up.
+encoding = lambda layers, depth, tokens, patches: [
+    1, layers, depth, tokens, layers * tokens, patches, depth * patches]
+scoring = lambda layers, completion, seen: [1, layers, completion, layers * completion, layers * seen]
 
 
-@dataclass
-class Plan:
-    rows: list       # what, bytes in the rollout, bytes in the update, what lowers it
-    peaks: list      # sums of the two
-    disk: int        # bytes of a checkpoint
-    count: Count
-    length: int      # of the completions whose chunk is the largest
+def activations(config, dtype, autocast):
+    """-> two functions, of the arguments of `encoding` and of `scoring`, to bytes. --freeze needs less."""
+    cfg, encoded, scored = gv.Config(num_generations=1, gradient_checkpointing=False), [], []
+    for layers, depth in (1, 1), (2, 1), (1, 2):
+        model = gv.fast_vision(step.build_model(shrunk(config, layers, depth, 32), dtype, "cpu"))
+        for tokens, image in (33, 4), (97, 4), (97, 16):
+            prompts = step.build_pass(model, 1, tokens, (2, 2 * image))
+            found = kept(model, autocast, gv.encode, prompts)
+            encoded.append([*encoding(layers, depth, tokens - 1, 4 * image), found])
+            kv = [x.detach().requires_grad_() for x in gv.encode(model, prompts)]
+            for C in 64, 128:
+                ids = torch.ones(1, C, dtype=torch.long)
+                found = kept(model, autocast, gv.score, prompts, kv, torch.tensor([0]), ids, ids.bool(), cfg)
+                scored.append([*scoring(layers, C, tokens - 1 + C), found])
+    def fitted(points, terms):
+        points = torch.tensor(points).double()
+        weights = torch.linalg.lstsq(points[:, :-1], points[:, -1:]).solution[:, 0]
+        return lambda *arguments: float(weights @ torch.tensor(terms(*arguments)).double())
+    return fitted(encoded, encoding), fitted(scored, scoring)
 
 
-def make_plan(args, cfg):
+def make_plan(args, cfg, on_gpu=True):
+    """-> rows of (what, bytes in the rollout, bytes in the update), their two sums, number of parameters"""
     config, n = read_config(cfg.model_name_or_path), args.num_processes
-    text, count = config.text_config, count_parameters(config, cfg.freeze)
-    bf16, single = args.device == "cuda", n == 1
-    compute, autocast = 2 if bf16 else 4, bf16 and single
-    V, H = text.vocab_size, text.hidden_size
-    P, B = args.prompt_tokens - 1, -(-cfg.prompts_per_step // n)
-    N, G, C = B * cfg.num_generations, cfg.num_generations, cfg.max_completion_length
-    image_tokens = min(args.prompt_tokens - 3, (cfg.max_pixels or 1e9) // 28**2)
-    kv = 2 * text.num_hidden_layers * text.num_key_value_heads * (H // text.num_attention_heads)  # a token's
-
-    rows = [("weights, float32", F32 * count.total / n, F32 * count.total / n, "--num_processes"),
-            ("gradients", 0, F32 * count.trained / n, "--num_processes, --freeze"),
-            ("AdamW's two moments", 2 * F32 * count.trained / n, 2 * F32 * count.trained / n,
-             "--num_processes, --freeze")]
-    sampler = 0 if single and not bf16 else compute * count.total
-    rows.append(("sampler", sampler, sampler, ""))
-    if cfg.beta > 0:
-        rows.append(("reference", compute * count.total, compute * count.total, "--beta 0"))
-    if not single:  # the root (embedding, head, patch embedding) stays while two layers take turns
-        root = count.embedding * (1 if config.tie_word_embeddings else 2)
-        rows.append(("layers gathered by FSDP2", 0, compute * (root + 2 * count.largest), ""))
-    elif autocast:  # once in the graph of the prompt, once in that of a chunk
-        vision = 0 if cfg.freeze == "vision" else count.vision
-        rows.append(("autocast's bf16 weights", 0, 2 * (vision + 2 * count.layers + count.embedding),
-                     "--num_processes 2 (FSDP2 gathers layers one by one)"))
-
-    # rollout: the cache of all rows, that of the prompts before they are repeated, one layer on its way
-    cache = compute * kv * (N * (P + C) * (1 + 1 / text.num_hidden_layers) + B * P)
-    rows.append((f"keys and values of {N} rows", cache, 0,
-                 "--prompts_per_step, --num_generations, --max_completion_length"))
-    rows.append(("logits while sampling", 5 * F32 * N * V, 0, "--prompts_per_step, --num_generations"))
-
-    # update: the prompt's graph stays while chunk after chunk comes and goes
-    saved = Activations(config, cfg, compute, autocast)
-    rows.append((f"graph of a prompt, {image_tokens:.0f} image tokens", 0, saved.encode(P, image_tokens),
-                 "--max_pixels, --max_prompt_length, --freeze vision"))
-    rows.append(("prompt's keys and values: leaves, gradients", 0, kv * P * (2 * F32 + (compute % 4)),
-                 "--max_prompt_length"))
-    # log_softmax holds three arrays at once, forward and backward; later, one and the head's gradient
-    logits = lambda tokens: F32 * V * max(3 * tokens, tokens + H)
-    chunks = [(R, min(C, cfg.score_tokens // R) or 1) for R in range(2, G + 1)] + [(1, C)]
-    R, C = max(chunks, key=lambda chunk: saved.score(P, *chunk) + logits(math.prod(chunk)))
-    rows.append((f"graph of a chunk, {R} x {C} tokens", 0, saved.score(P, R, C), "--score_tokens"))
-    rows.append((f"logits of a chunk, {R * C} x {V}", 0, logits(R * C), "--score_tokens"))
-    if autocast:  # torch's AdamW takes all weights at once on a GPU, when the graphs are gone
-        passing = sum(row[2] for row in rows if row[0].startswith(("graph", "logits", "autocast", "prompt")))
-        if (more := F32 * count.trained - passing) > 0:
-            rows.append(("AdamW on its way, beyond these graphs", 0, more, "--freeze"))
-    peaks = [sum(row[i] for row in rows) for i in (1, 2)]
-    return Plan(rows, peaks, F32 * count.total + 2 * F32 * count.trained, count, C)
+    with torch.device("meta"):
+        model = AutoModelForImageTextToText.from_config(config)
+    count = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
+    layers, blocks = model.model.language_model.layers, model.model.visual.blocks
+    total, tower = count(model), count(model.model.visual)
+    trained = total - {"none": 0, "vision": tower, "llm": total - tower}[cfg.freeze]
+    sharded, compute = n > 1 or cfg.cpu_offload, 2 if on_gpu else 4  # bytes of a number
+    autocast = on_gpu and not sharded
+    V, H = config.text_config.vocab_size, config.text_config.hidden_size
+    B, G, C = -(-cfg.prompts_per_step // n), cfg.num_generations, cfg.max_completion_length
+    pixels = (2 * config.vision_config.patch_size)**2  # of an image token
+    N, n_pass = B * G, min(B, max(1, cfg.encode_tokens // cfg.max_prompt_length))
+    P, K = cfg.max_prompt_length - 1, max(1, min(n_pass * G, cfg.score_tokens // C))
+    image = int(min(P - 2, (cfg.max_pixels or 1e9) // pixels))
+    tokens, patches, width = n_pass * P, n_pass * 4 * image, layers[0].self_attn.k_proj.out_features
+    here = F32 * (0 if cfg.cpu_offload else 1) / n  # bytes on this device of a float32 number
+    rows = [("weights, float32", here * total, here * total), ("gradients", 0, here * trained),
+            ("AdamW's two moments", 2 * here * trained, 2 * here * trained)]
+    copies = (sharded or on_gpu) + (cfg.beta > 0)
+    rows.append((f"sampler, reference: {copies} copies", copies * compute * total, copies * compute * total))
+    if sharded:  # the root (embedding, head, patch embedding) stays while two layers take turns
+        root, largest = total - count(*layers, *blocks), max(map(count, [*layers, *blocks]))
+        gathered = (compute + F32) * root + (2 * compute + F32) * largest  # gradients are float32
+        rows.append(("layers gathered by FSDP2", 0, gathered))
+    cache = 2 * compute * width * ((len(layers) + 1) * N * (P + C + 8) + len(layers) * B * P)
+    rows.append((f"keys and values of {N} rows", cache, 0))
+    rows.append(("log-probabilities while sampling", (2 * F32 + 8) * N * V, 0))
+    dtype = torch.bfloat16 if on_gpu and sharded else torch.float32
+    encode, score = activations(config, dtype, autocast)
+    piece = min(2048, K * C)
+    if cfg.gradient_checkpointing:  # the input of each layer, and all of the one that is computed again
+        residual = F32 if autocast else compute
+        vision = patches * len(blocks) * blocks[0].norm1.weight.shape[0] * compute
+        encoded, scored = tokens * len(layers) * H * residual + vision, K * C * len(layers) * H * residual
+        again = max(score(1, K * C, K * (P + C)), encode(1, 1, tokens, patches))
+        logits = F32 * V * 3 * piece
+    else:
+        encoded, again = encode(len(layers), len(blocks), tokens, patches), 0
+        scored, logits = score(len(layers), K * C, K * (P + C)), F32 * V * (K * C + 2 * piece)
+    leaves = 2 * len(layers) * width * tokens * (2 * F32 + compute % 4)
+    rows += [(f"graph of {n_pass} prompts, {image} image tokens each", 0, encoded),
+             ("their keys and values, and gradients", 0, leaves),
+             (f"graph of a chunk, {K} x {C} tokens", 0, scored),
+             ("a layer that is computed again", 0, again), ("log-probabilities", 0, logits)]
+    return rows, [sum(row[i] for row in rows) for i in (1, 2)], total
 
 
-def plan_largest_stage(args, cfg):
-    """-> Plan of the stage with the highest peak, of which there is one unless --stages says otherwise."""
-    stages = [dataclasses.replace(cfg, max_completion_length=length, num_generations=generations)
-              for _, length, generations in gv.stages_of(cfg)]
-    return max((make_plan(args, stage) for stage in stages), key=lambda plan: max(plan.peaks))
-
-
-def show(args, cfg):
-    plan = plan_largest_stage(args, cfg)
-    rows, count = plan.rows, plan.count
-    print(f"{cfg.model_name_or_path}: {count.total / 1e6:.0f}M parameters, {count.trained / 1e6:.0f}M "
-          f"trained; on each of {args.num_processes} x {args.device}, GB:\n")
-    width = max(len(row[0]) for row in rows)
-    print(f"| {'':{width}} | rollout | update | lowered by |\n|-{'-' * width}-|--:|--:|---|")
-    for what, rollout, update, flags in rows:
-        print(f"| {what:{width}} | {rollout / GB:7.2f} | {update / GB:6.2f} | {flags} |")
-    rollout, update = plan.peaks
-    print(f"| {'**together**':{width}} | {rollout / GB:7.2f} | {update / GB:6.2f} | |\n\n"
-          f"peak {max(rollout, update) / GB:.1f} GB; a checkpoint takes {plan.disk / GB:.1f} GB on disk "
-          f"(--save_steps, --save_total_limit)")
-
-
-# ---- Beside measurement ----------------------------------------------------------------------------------
-
-def shape(vocab, hidden, intermediate, layers, heads, kv_heads, vision_hidden, vision_layers):
-    rotary = hidden // heads // 16
-    return dict(
-        model_type="qwen2_vl", tie_word_embeddings=True, image_token_id=vocab - 4, video_token_id=vocab - 3,
-        vision_start_token_id=vocab - 2, vision_end_token_id=vocab - 1,
-        text_config=dict(vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate,
-                         num_hidden_layers=layers, num_attention_heads=heads, num_key_value_heads=kv_heads,
-                         rope_parameters=dict(rope_type="default", rope_theta=1e6,
-                                              mrope_section=[2 * rotary, 3 * rotary, 3 * rotary])),
-        vision_config=dict(depth=vision_layers, embed_dim=vision_hidden, hidden_size=hidden, num_heads=4,
-                           mlp_ratio=4))
-
-
-CHECKS = {
-    "large vocabulary, KL": (
-        shape(65536, 512, 1024, 4, 8, 2, 256, 4),
-        "--prompt_tokens 300 --max_completion_length 128 --score_tokens 1024 --num_generations 16"),
-    "long prompt, vision frozen, no KL": (
-        shape(8192, 640, 3072, 10, 10, 2, 320, 4),
-        "--prompt_tokens 1000 --max_completion_length 64 --score_tokens 512 --num_generations 16 --beta 0 "
-        "--freeze vision"),
-    "many rows, many heads": (
-        shape(4096, 512, 1024, 6, 8, 8, 256, 2),
-        "--prompt_tokens 700 --max_completion_length 32 --score_tokens 128 --num_generations 64"),
-    "large image": (
-        shape(8192, 384, 1536, 4, 6, 2, 512, 12),
-        "--prompt_tokens 700 --max_completion_length 64 --score_tokens 256 --num_generations 8"),
-}
-
-
-def measure(args, cfg):
+def measure(cfg):
     """In a fresh process: print what rollout and update hold at their peaks beyond the start, in bytes."""
-    torch.manual_seed(0)
-    config, before = read_config(cfg.model_name_or_path), step.held()
-    with torch.device(args.device):
-        model = gv.fast_layers(Qwen2VLForConditionalGeneration(config)).eval()
-    if cfg.freeze != "none":
-        {"vision": model.model.visual, "llm": model.model.language_model}[cfg.freeze].requires_grad_(False)
-    single = args.device == "cpu"
-    plain = lambda: copy.deepcopy(model).to(torch.float32 if single else torch.bfloat16).requires_grad_(False)
-    sampler, reference = model if single else plain(), plain() if cfg.beta > 0 else None
-    V = config.text_config.vocab_size
-    suppressed = torch.arange(V, device=args.device) >= V - 4
-    suppressed[0] = True  # the end token: completions have full length
-    policy = gv.Policy(model, 1.0, suppressed, autocast=not single)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0)
-    for p in trained:
+    before, model = step.held(), step.build_model(read_config(cfg.model_name_or_path))
+    sizes = SimpleNamespace(prompts=cfg.prompts_per_step, image_size=504)
+    way = step.Ours(model, copy.deepcopy(model).requires_grad_(False), sizes, cfg)
+    optimizer = step.adamw(model)
+    for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()  # from here on AdamW has its state
     optimizer.zero_grad()
-    image_tokens = int(min(args.prompt_tokens - 3, (cfg.max_pixels or 1e9) // 28**2))
-    ids = [V - 2, *[V - 4] * image_tokens, V - 1]
-    ids = torch.tensor([ids + [1] * (args.prompt_tokens - len(ids))], device=args.device)
-    grid = torch.tensor([[1, 2, 2 * image_tokens]], device=args.device)
-    positions, _ = model.model.get_rope_index(ids, (ids == V - 4).int(), image_grid_thw=grid)
-    prompts = [gv.Prompt("", ids, positions, torch.randn(4 * image_tokens, 1176, device=args.device), grid)
-               for _ in range(cfg.prompts_per_step)]
-    if cfg.freeze == "vision":
-        with torch.no_grad():
-            for prompt in prompts:
-                features = sampler.model.get_image_features(prompt.pixel_values, grid).pooler_output
-                prompt.image_features = torch.cat(features)
     step.forget_peak()
-    rollout = gv.sample(sampler, prompts, cfg.num_generations, cfg.max_completion_length, 1.0, suppressed,
-                        [0])
+    rollout = way.rollout()
     peaks = [step.held(peak=True) - before]
-    rollout.completion_mask[:, make_plan(args, cfg).length:] = False
+    if cfg.gradient_checkpointing:
+        gv.checkpoint_layers(model)
     step.forget_peak()
-    ref_logps = None
-    if reference:
-        reference = gv.Policy(reference, 1.0, suppressed)
-        ref_logps = gv.score_rollout(reference, prompts, rollout, cfg)
-    N = len(rollout.completion_ids)
-    gv.update(policy, prompts, rollout, torch.randn(N, device=args.device),
-              torch.full((N,), 1 / N, device=args.device), ref_logps, None, cfg)
+    way.update(rollout, torch.ones(len(rollout.completion_ids)), way.reference(rollout))
     optimizer.step()
     print(json.dumps([peak * 2**20 for peak in (*peaks, step.held(peak=True) - before)]))
 
 
 def check():
-    print("| measured in a fresh process | parameters | rollout, GB | planned | | update, GB | planned | |\n"
-          "|---|--:|--:|--:|--:|--:|--:|--:|")
+    print("| measured in a fresh process | rollout, GB | planned | | update, GB | planned | |\n"
+          "|---|--:|--:|--:|--:|--:|--:|")
     worst = 0
-    for name, (config, flags) in CHECKS.items():
+    for name, checkpointing in itertools.product([*MODELS][:2] + [*MODELS][3:], ("true", "false")):
         with tempfile.TemporaryDirectory() as folder:
-            Path(folder, "config.json").write_text(json.dumps(config))
-            flags = ["--model_name_or_path", folder, "--prompts_per_step", "1", "--device", "cpu",
-                     *flags.split()]
-            plan = make_plan(*parse_args(flags))
-            child = subprocess.run([sys.executable, __file__, *flags, "--measure"], check=True, text=True,
-                                   stdout=subprocess.PIPE, env=step.RETURNING)
-        cells = []
-        for planned, measured in zip(plan.peaks, json.loads(child.stdout.splitlines()[-1])):
-            off = planned / measured - 1
-            worst = max(worst, abs(off))
-            cells.append(f"{measured / GB:.2f} | {planned / GB:.2f} | {off:+.0%}")
-        print(f"| {name} | {plan.count.total / 1e6:.0f}M | {' | '.join(cells)} |", flush=True)
+            config = shrunk(read_config(name), 3, 4, 16384)
+            config.save_pretrained(folder)
+            pixels = 324 * (2 * config.vision_config.patch_size)**2
+            flags = f"""--preset sat --model_name_or_path {folder} --data {folder} --eval_steps 0
+                --eval_data {folder} --prompts_per_step 2 --max_prompt_length 350 --max_pixels {pixels}
+                --max_completion_length 96 --score_tokens 1024
+                --gradient_checkpointing {checkpointing}""".split()
+            _, planned, _ = make_plan(*parse_args(flags), on_gpu=False)
+            found = json.loads(step.fresh(__file__, *flags, "--measure", **step.RETURNING).splitlines()[-1])
+        worst = max(worst, *(abs(plan / measured - 1) for plan, measured in zip(planned, found)))
+        cells = [f"{measured / GB:.2f} | {plan / GB:.2f} | {plan / measured - 1:+.0%}"
+                 for plan, measured in zip(planned, found)]
+        print(f"| {name}'s width, checkpointing {checkpointing} | {' | '.join(cells)} |", flush=True)
     print(f"\nlargest deviation: {worst:.1%}. {step.machine(threads=1)}")
-    return worst
+    sys.exit(worst > 0.15)
 
 
 def main():
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    gv.Accelerator(cpu=True)
     args, cfg = parse_args()
-    if args.check:
-        sys.exit(check() > 0.15)
-    (measure if args.measure else show)(args, cfg)
+    if args.check or args.measure:
+        return check() if args.check else measure(cfg)
+    rows, peaks, total = make_plan(args, cfg)
+    print(f"{cfg.model_name_or_path}: {total / 1e6:.0f}M parameters; on each of {args.num_processes} GPUs, "
+          f"GB:\n\n| {'':45} | rollout | update |\n|-{'-' * 45}-|--:|--:|")
+    for what, rollout, update in [*rows, ("**together**", *peaks)]:
+        print(f"| {what:45} | {rollout / GB:7.2f} | {update / GB:6.2f} |")
 
 
 if __name__ == "__main__":
