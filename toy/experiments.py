@@ -1,13 +1,12 @@
 """What the toy teaches, measured: several seeds, controls, and the paper's table.
 
-    python toy/experiments.py seeds        # three worlds with three bases: a table and a figure; 30 CPU-minutes
-    python toy/experiments.py controls     # is it the reward that teaches? 40 CPU-minutes
-    python toy/experiments.py paper        # base, SFT, GRPO, instruct, frozen towers; 30 CPU-minutes
+    python toy/experiments.py seeds        # three worlds with three bases: a table and a figure
+    python toy/experiments.py controls     # is it the reward that teaches?
+    python toy/experiments.py paper        # base, SFT, GRPO, instruct, frozen towers
 
-Each model answers twice. Sampled: the 512 held-out questions at temperature 1, graded as in training. Greedy:
-those and the 384 of CV-Bench's form, graded as in evaluation. A row is the mean of its seeds and their
-standard deviation. Tables and the figure go to OUT (default: toy/results); worlds, runs and answers to
-runs/experiments, where what is there already is not made again.
+Sampled: the 512 held-out questions at temperature 1, graded as in training. Greedy: those and the 384 of
+CV-Bench's form, graded as in evaluation. A row is the mean of its seeds and their standard deviation. Worlds,
+runs and answers go to runs/experiments, where what is there already is not made again.
 """
 import argparse
 import json
@@ -16,8 +15,6 @@ import random
 import shutil
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -29,7 +26,6 @@ from grpo_vision import HERE, RUNS, TOY
 from prepare_sat import CHAIN_FEATURES, write_parquet
 
 FOLDER = RUNS / "experiments"
-DIRECT = "--prompt base-direct --rewards accuracy"
 SFT = "--algorithm sft --loss_type dapo --max_steps 150 --learning_rate 5e-4"
 # name -> flags of grpo_vision.py, and what the advantages are multiplied by; None: no training
 CONTROLS = {
@@ -47,14 +43,14 @@ PAPER = {
     "base": None,
     "base, direct": None,
     "base + SFT": (SFT, 1),
-    "base + GRPO without thinking": (DIRECT, 1),
+    "base + GRPO without thinking": ("--prompt base-direct --rewards accuracy", 1),
     "base + GRPO": ("", 1),
     "instruct-style": (f"{SFT} --prompt instruct", 1),
     "instruct-style + GRPO": ("", 1),
     "base + GRPO, vision frozen": ("--freeze vision", 1),
     "base + GRPO, LLM frozen": ("--freeze llm", 1),
 }
-HEAD = ("| | sampled: held-out, % | one answer block, % | tokens | greedy: held-out, % | CV-Bench's form, % |\n"
+HEAD = ("| | sampled: held-out, % | one block, % | tokens | greedy: held-out, % | CV-Bench's form, % |\n"
         "|---|--:|--:|--:|--:|--:|")
 ROLES = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n"  # as Qwen's, for one turn of text
          "{{ message['content'] }}<|im_end|>\n{% endfor %}"
@@ -73,7 +69,6 @@ def run(name, *command):
             if status:
                 raise SystemExit(f"error: {name} failed, see {log}")
             file.write(f"\nCPU-seconds {usage.ru_utime + usage.ru_stime:.0f}\n")
-        print(f"done: {name}", flush=True)
     return int(log.read_text().split()[-1])
 
 
@@ -87,8 +82,8 @@ def train(name, flags, factor=1, base=TOY / "base", data=TOY):
 
 def answer(name, model, data=TOY, mode="reasoning"):
     """-> the five numbers of a table's row. mode: how to ask."""
-    found = []
-    for kind, path, flags in [("sampled", "test.parquet", "--temperature 1" + " --strict" * (mode != "direct")),
+    found, strict = [], "" if mode == "direct" else " --strict"
+    for kind, path, flags in [("sampled", "test.parquet", f"--temperature 1{strict}"),
                               ("greedy", "test.parquet", ""), ("greedy", "cvbench", "")]:
         out = FOLDER / f"{name}-{kind}-{path}"
         run(out.name, "eval_cvbench.py", "--model", model, "--data", data / path, "--modes", mode,
@@ -103,11 +98,12 @@ def answer(name, model, data=TOY, mode="reasoning"):
 def row(label, found):
     """A list of five numbers for each seed -> a line of a table"""
     spread = lambda values: f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    return f"| {label} | " + " | ".join(f"{mean(values):.1f}{spread(values)}" for values in zip(*found)) + " |"
+    cells = [f"{mean(values):.1f}{spread(values)}" for values in zip(*found)]
+    return f"| {label} | {' | '.join(cells)} |"
 
 
 def seeds(args):
-    """Everything from a seed of its own: world, base model, GRPO. Seed 0 is what python grpo_vision.py does."""
+    """Each with a world, a base model and a run of its own. Seed 0 is what `python grpo_vision.py` does."""
     lines, runs = [HEAD], []
     for seed in range(args.seeds):
         data = FOLDER / f"world-{seed}" if seed else TOY
@@ -115,9 +111,9 @@ def seeds(args):
             run(data.name, TOY / "make.py", "--seed", seed, "--out", data)
         sets, name = f"{data}/cvbench,{data}/test.parquet", f"seed-{seed}"
         seconds = train(name, f"--seed {seed} --eval_data {sets}", base=data / "base", data=data)
-        lines.append(row(f"seed {seed}: base", [answer(f"{name}-base", data / "base", data)]))
-        lines.append(row(f"seed {seed}: GRPO, {seconds} CPU-seconds",
-                         [answer(f"{name}-grpo", FOLDER / name / "final", data)]))
+        before, after = (answer(f"{name}-{when}", model, data) for when, model in
+                         (("base", data / "base"), ("grpo", FOLDER / name / "final")))
+        lines += [row(f"seed {seed}: base", [before]), row(f"GRPO, {seconds} CPU-seconds", [after])]
         runs.append(FOLDER / name)
     figure(runs, args.out / "seeds.png")
     return lines
@@ -131,23 +127,20 @@ def figure(runs, path):
     picture, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
 
     def band(axis, steps, curves, **style):
-        line, = axis.plot(steps, list(map(mean, zip(*curves))), **style)
-        axis.fill_between(steps, list(map(min, zip(*curves))), list(map(max, zip(*curves))),
-                          color=line.get_color(), alpha=0.15, lw=0)
-
+        middle, low, high = (list(map(choice, zip(*curves))) for choice in (mean, min, max))
+        line, = axis.plot(steps, middle, **style)
+        axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
     scores = [read_jsonl(run / "eval.jsonl") for run in runs]
     for name, label in ("test.parquet", "held-out questions"), ("cvbench", "CV-Bench's form"):
         curves = [[s for s in one if Path(s["set"]).name == name] for one in scores]
-        band(left, [s["step"] for s in curves[0]], [[s["accuracy"] for s in one] for one in curves], label=label,
-             marker="o", ms=3)
+        steps, values = [s["step"] for s in curves[0]], [[s["accuracy"] for s in one] for one in curves]
+        band(left, steps, values, label=label, marker="o", ms=3)
     metrics = [read_jsonl(run / "metrics.jsonl") for run in runs]
     lengths = [smooth([m["completions/mean_length"] for m in one], 7) for one in metrics]
     band(right, [m["step"] for m in metrics[0]], lengths, color="tab:red")
-    left.set(title=f"right, %, greedy; mean and range of {len(runs)} seeds", xlabel="training step", ylim=(0, 100))
+    left.set(title=f"right, %, greedy; {len(runs)} seeds", xlabel="training step", ylim=(0, 100))
     right.set(title="length of the rollouts, tokens", xlabel="training step", ylim=(0, None))
     left.legend(loc="lower right")
-    for axis in (left, right):
-        axis.grid(alpha=0.25)
     picture.savefig(path, dpi=130)
 
 
@@ -185,26 +178,24 @@ def table(args, variants):
         return answer(name, FOLDER / name / "final", mode=mode)
 
     lines = [HEAD]
-    with ThreadPoolExecutor(args.parallel) as pool:
-        for label in variants:
-            count = 1 if variants[label] is None else args.seeds
-            lines.append(row(label, list(pool.map(partial(one, label), range(count)))))
-            print(lines[-1], flush=True)
+    for label in variants:
+        count = 1 if variants[label] is None else args.seeds
+        lines.append(row(label, [one(label, seed) for seed in range(count)]))
+        print(lines[-1], flush=True)
     return lines
 
 
-EXPERIMENTS = dict(seeds=seeds, controls=partial(table, variants=CONTROLS), paper=partial(table, variants=PAPER))
-
-
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=EXPERIMENTS)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument("experiment", choices=["seeds", "controls", "paper"])
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. SEEDS - 1")
-    parser.add_argument("--parallel", type=int, default=1, help="runs side by side, each on one core")
-    parser.add_argument("--out", type=Path, default=TOY / "results", help="folder of the tables and the figure")
+    parser.add_argument("--out", type=Path, default=TOY / "results", help="folder of tables and figure")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    text = "\n".join(EXPERIMENTS[args.experiment](args)) + "\n"
+    variants = dict(controls=CONTROLS, paper=PAPER)
+    lines = seeds(args) if args.experiment == "seeds" else table(args, variants[args.experiment])
+    text = "\n".join(lines) + "\n"
     (args.out / f"{args.experiment}.md").write_text(text)
     print(text)
 

@@ -5,7 +5,6 @@
 
 OUT gets train.parquet and test.parquet (as prepare_sat.py writes them), cvbench/ (two files in CV-Bench's
 format), legend.png, and base/, a Qwen2-VL of 1.4 million weights. No scene is in two of the three sets.
-The base model can reason about a picture, but it mostly does not. README.md tells why.
 """
 import argparse
 import io
@@ -45,7 +44,7 @@ Thing = namedtuple("Thing", "name row column depth")
 
 
 def draw_scene(rng, seen):
-    """-> a tuple of Things in raster order, not in the set `seen` before, and added to it. Names may repeat."""
+    """-> a tuple of Things in raster order, new to the set `seen` and added to it. Names may repeat."""
     while True:
         count = rng.choice([2, 2, 3, 3, 4])
         names = rng.choices(rng.sample(list(LOOKS), 4), k=count)
@@ -71,11 +70,12 @@ def draw_thing(draw, name, x, y, radius):
     elif shape == "square":
         draw.rectangle(box, colour, "white", 2)
     else:
-        draw.polygon([(x - radius, y + radius), (x + radius, y + radius), (x, y - radius)], colour, "white", 2)
+        corners = [(x - radius, y + radius), (x + radius, y + radius), (x, y - radius)]
+        draw.polygon(corners, colour, "white", 2)
 
 
 def paint(scene, rng):
-    """-> an 84 x 84 picture. Its ground grows redder downwards and bluer sideways, which tells cells apart."""
+    """-> an 84 x 84 picture. Its ground gets redder downwards and bluer sideways, to tell cells apart."""
     size = 3 * CELL
     slope = Picture.linear_gradient("L").resize((size, size))  # 0 at the top, 255 at the bottom
     slope = slope.point(lambda v: 20 + v * 3 // 4)
@@ -209,8 +209,6 @@ CVBENCH_FEATURES = Features({
     "choices": List(TEXT), "answer": TEXT, "prompt": TEXT, "filename": TEXT, "source": TEXT,
     "source_dataset": TEXT, "source_filename": TEXT, "target_class": TEXT, "target_size": Value("int32"),
     "bbox": List(List(Value("float32")))})
-
-
 CVBENCH_FILES = [("test_2d.parquet", ["left or right", "above or below", "count"], ["ADE20K", "COCO"]),
                  ("test_3d.parquet", ["closer", "distance"], ["Omni3D"])]  # file, kinds of questions, sources
 
@@ -260,9 +258,8 @@ def complete(question, style, rng):
     return question.thought + "</think>"
 
 
-# The lessons: name, steps, images a step, learning rate at its begin and end. Seeing comes first, on a few
-# words; then short questions; then the same in the paper's wording. Its long preamble would make the first
-# two lessons many times as slow. The mixture of habits comes last and slowly: it makes the model forget.
+# The lessons: name, steps, images a step, learning rate at its begin and end. The paper's wording comes after
+# short questions, as it is slow to learn on. The mixture of habits comes last: it makes the model forget.
 SCHOOL = [("seeing", 250, 32, 3e-3, 3e-3), ("answering", 300, 16, 3e-3, 3e-3),
           ("reasoning", 400, 8, 3e-3, 5e-4), ("mixture", 90, 8, 8e-4, 1e-4)]
 KINDS = 2 * SAT_KINDS + ["distance"]  # what is asked, as often as listed
@@ -306,7 +303,7 @@ def exchanges(scene, count, styles, rng, tail=""):
 
 
 def study(lesson, scene, rng):
-    """-> the text behind the image that a lesson's texts about this scene share, and (prompt, completion)s."""
+    """-> the text behind the image that a scene's texts share, and its (prompt, completion) texts."""
     if lesson == "seeing":
         return "", list(phrases(scene, rng))
     if lesson == "answering":
@@ -377,10 +374,8 @@ def build_model(tokenizer):
 
 def pack(image_tokens, head, branches, image_end, far):
     """One image, many questions: lay the branches (prompt, completion) behind what they share.
-
     -> ids, segments (0 for what is shared, k for branch k), positions and targets (-100 where nothing is
-    learnt), lists of L numbers. Every branch starts anew at the position after the head, `far` further on.
-    """
+    learnt), lists of L numbers. Every branch starts anew at the position after the head, `far` further on."""
     ids, next_position = image_tokens + head, image_end + len(head)
     segments, targets = [0] * len(ids), [-100] * len(ids)
     positions = [0] * len(image_tokens) + list(range(image_end, next_position))
@@ -405,7 +400,7 @@ def collate(rows):
 
 
 def train_base(path, rng, seen, seed, school=SCHOOL):
-    """Train the base model on scenes not in `seen`. Save it in bfloat16, with tokenizer and image processor."""
+    """Train the base model on scenes not in `seen`; save it in bfloat16, with the processors."""
     from transformers import Qwen2VLImageProcessor
     tokenizer = build_tokenizer(rng)
     processor = Qwen2VLImageProcessor(size={"shortest_edge": 3136, "longest_edge": 12845056})
@@ -469,7 +464,8 @@ def make(out=HERE, seed=0):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument("--out", default=HERE, help="folder to write; a new one, or toy/ itself")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and of the base model")
     args = parser.parse_args()
