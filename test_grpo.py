@@ -37,6 +37,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.cache_utils import Cache
 
@@ -316,13 +317,14 @@ def same_run(one, other):
 @contextmanager
 def stops(*words):
     """Inside, the program must stop with one sentence that has these words; the exit code is then 1."""
+    gc.collect()  # a run's lock goes with the last frame that knows of it
     with pytest.raises(SystemExit) as stop:
         yield
     message = stop.value.code
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     assert all(str(word) in message for word in words), message
     del stop
-    gc.collect()  # a run's lock goes with the last of its frames
+    gc.collect()
 
 
 def all_stop(program, cases):
@@ -1322,6 +1324,11 @@ def launch(processes, script, *flags):
                           env={**os.environ, "PYTHONPATH": str(g.HERE)})
 
 
+def first_moments(checkpoint, file):
+    dcp_to_torch_save(checkpoint / "state", file)
+    return {name: state["exp_avg"] for name, state in torch.load(file)["optimizer"]["state"].items()}
+
+
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_two_processes_with_sharded_weights_equal_one(family, worlds, small_run, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
@@ -1337,11 +1344,15 @@ def test_two_processes_with_sharded_weights_equal_one(family, worlds, small_run,
     metrics = [jsonl(run / "metrics.jsonl") for run in (one, two)]  # entropy, kl, grad_norm and others
     assert all(x == pytest.approx(y, rel=1e-6, abs=1e-9) for x, y in zip(*metrics, strict=True))
     before = weights_of(worlds[family].folder)
+    error = lambda found, x: ((found - x).norm() / x.norm()).item()
     for name in "checkpoint-1", "checkpoint-2", "checkpoint-3":
         x, y = weights_of(one / name), weights_of(two / name)
-        error = lambda other, part: ((other[part] - x[part]).norm() / x[part].norm()).item()
         assert x.keys() == y.keys() == before.keys()
-        assert all(error(y, part) < 1e-6 < 1e-5 < error(before, part) for part in x)
+        assert all(error(y[part], x[part]) < 1e-6 < 1e-5 < error(before[part], x[part]) for part in x)
+    # AdamW's first moment after the first step is a tenth of the gradient
+    x, y = (first_moments(run / "checkpoint-1", tmp_path / "state.pt") for run in (one, two))
+    assert x.keys() == y.keys() and len(x) >= len(before)
+    assert all(error(y[part], x[part]) < 1e-6 for part in x)
     lengths = [s["length"] > 8 for s in jsonl(two / "completions.jsonl")]
     assert min(lengths.count(True), lengths.count(False)) > 2  # the processes had unequal numbers of chunks
 

@@ -6,8 +6,7 @@
 
 The worst case is planned: prompts of --max_prompt_length, nearly all image, and completions of full length.
 Python, the data and a GPU's own 1 to 2 GB come on top. What autograd keeps for the backward is counted on
-small copies of the model, with one layer and with two, for a few tokens and for more, since it grows in
-proportion. They compute on the CPU as the run will on its device.
+small copies of the model, with one layer and with two, for a few tokens and for more: it grows in proportion.
 """
 import argparse
 import copy
@@ -30,8 +29,7 @@ WINDOWS = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
 MODELS = {  # the published config.json of each, as far as shapes go: family, text, vision
     "Qwen/Qwen2-VL-2B": ("qwen2_vl", *step.QWEN2_VL_2B),
     "Qwen/Qwen2.5-VL-3B-Instruct": (
-        "qwen2_5_vl", dict(intermediate_size=11008, num_hidden_layers=36),
-        WINDOWS | dict(out_hidden_size=2048)),
+        "qwen2_5_vl", dict(intermediate_size=11008, num_hidden_layers=36), WINDOWS | dict(out_hidden_size=2048)),
     "Qwen/Qwen2.5-VL-7B-Instruct": (
         "qwen2_5_vl", dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28,
                            num_attention_heads=28, num_key_value_heads=4),
@@ -50,7 +48,7 @@ def parse_args(argv=None):
     parser.add_argument("--check", action="store_true", help="beside measured growth, in six cases")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
-    return args, gv.parse_config(rest)
+    return args, gv.parse_config(["--data", str(gv.HERE), *rest])  # the data may not be there yet
 
 
 def read_config(path):
@@ -141,8 +139,7 @@ def make_plan(args, cfg, on_gpu=True):
     cache = 2 * compute * width * ((len(layers) + 1) * N * (P + C + 8) + len(layers) * B * P)
     rows.append((f"keys and values of {N} rows", cache, 0))
     rows.append(("log-probabilities while sampling", (2 * F32 + 8) * N * V, 0))
-    dtype = torch.bfloat16 if on_gpu and sharded else torch.float32
-    encode, score = activations(config, dtype, autocast)
+    encode, score = activations(config, torch.bfloat16 if on_gpu and sharded else torch.float32, autocast)
     piece = min(2048, K * C)
     if cfg.gradient_checkpointing:  # the input of each layer, and all of the one that is computed again
         residual = F32 if autocast else compute
