@@ -915,7 +915,7 @@ def claim(cfg):
     folder was empty before: of two runs that start at once, each gets its own."""
     for n in itertools.count(1):
         folder = Path(cfg.output_dir or RUNS / (cfg.preset if n == 1 else f"{cfg.preset}-{n}"))
-        lock = FileLock(folder / ".lock", blocking=False)
+        lock = FileLock(folder / ".lock", blocking=False, is_singleton=True)  # a notebook may call main again
         if cfg.resume or not is_used(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with suppress(Timeout):

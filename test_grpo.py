@@ -7,7 +7,6 @@ check could pass by accident, the wrong way is computed as well and has to fail 
 """
 import copy
 import doctest
-import gc
 import html
 import io
 import itertools
@@ -35,6 +34,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from filelock import FileLock
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -317,14 +317,11 @@ def same_run(one, other):
 @contextmanager
 def stops(*words):
     """Inside, the program must stop with one sentence that has these words; the exit code is then 1."""
-    gc.collect()  # a run's lock goes with the last frame that knows of it
     with pytest.raises(SystemExit) as stop:
         yield
     message = stop.value.code
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
     assert all(str(word) in message for word in words), message
-    del stop
-    gc.collect()
 
 
 def all_stop(program, cases):
@@ -1218,14 +1215,19 @@ def test_a_run_goes_on_only_as_it_began(train, sat, world, tmp_path, monkeypatch
 
 def test_a_folder_belongs_to_one_run(train, tmp_path, monkeypatch):
     monkeypatch.setattr(g, "RUNS", tmp_path)
-    claims = [g.claim(g.Config()) for _ in range(3)]  # all at once
-    assert [folder.name for folder, _ in claims] == ["toy", "toy-2", "toy-3"]
+    others = []  # as other processes hold them
+    for name in "toy", "toy-2", "toy-3":
+        folder, lock = g.claim(g.Config())
+        assert folder.name == name
+        lock.release()
+        others.append(FileLock(folder / ".lock"))
+        others[-1].acquire()
     (tmp_path / "toy/config.json").write_text("{}")
-    del claims
-    folder, lock = g.claim(g.Config())
-    assert folder.name == "toy-2"  # a run that was killed before it began leaves nothing to clean
     with stops(folder, "in use"):
         g.claim(g.Config(output_dir=str(folder), resume=True))
+    for other in others:
+        other.release()
+    assert g.claim(g.Config())[0].name == "toy-2"  # one that was killed before it began leaves nothing to clean
     with stops(tmp_path / "toy", "not empty"):
         train(tmp_path / "toy")
     assert {path.name for path in (tmp_path / "toy").iterdir()} == {".lock", "config.json"}
