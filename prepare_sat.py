@@ -143,13 +143,19 @@ def as_text(value):
     return text
 
 
-def as_options(options):
-    """-> list of text. Letters that the options carry themselves, as in "A. cat", are taken off."""
+def read_choices(options, answer):
+    """-> options as a list of text, and the answer. Letters that they carry themselves, as in "A. cat", are
+    taken off. So are tags around the answer, which some data has and the completion should have."""
     require(isinstance(options or [], list), "options are not a list")
     texts = [as_text(option) for option in options or []]
     bare = [re.sub(rf"^\(?{letter}[.):]\s+", "", text) for letter, text in zip(ascii_uppercase, texts)]
     is_lettered = len(texts) > 1 and all(a != b for a, b in zip(bare, texts))
-    return bare if is_lettered else texts
+    if isinstance(answer, str):
+        answer = re.sub(r"^\s*<answer>(.*)</answer>\s*$", r"\1", answer, flags=re.DOTALL)
+        for letter, text in zip(ascii_uppercase, bare):
+            if re.fullmatch(rf"\(?{letter}[.):]\s+{re.escape(text)}", answer.strip()):
+                answer = text
+    return bare if is_lettered else texts, answer
 
 
 READINGS = ("text", "letter", "index")
@@ -157,9 +163,7 @@ READINGS = ("text", "letter", "index")
 
 def find_answer(answer, options, reading):
     """-> the option that `answer` names by its text, its letter or its index from 0, else None."""
-    text = as_text(answer).lower()
-    if reading == "letter":
-        text = text.strip("().")
+    text = as_text(answer).lower().strip("()." if reading == "letter" else None)
     if reading == "index" and isinstance(answer, str):
         return None
     names = {"text": [option.lower() for option in options], "letter": ascii_lowercase,
@@ -172,7 +176,7 @@ def decide_reading(name, rows, columns):
     fits = {reading: [] for reading in READINGS}  # (number of a row, the option that is its answer)
     for number, row in enumerate(rows if columns["options"] else []):
         with suppress(Skip, AttributeError):  # rows of an odd shape are counted later
-            options, answer = as_options(row.get(columns["options"])), untagged(row.get(columns["answer"]))
+            options, answer = read_choices(row.get(columns["options"]), row.get(columns["answer"]))
             for reading in READINGS:
                 if (option := find_answer(answer, options, reading)) is not None:
                     fits[reading].append((number, option))
@@ -203,18 +207,11 @@ def load_images(images, folder):
     return loaded
 
 
-def untagged(answer):
-    """Some data has the tags around an answer that the completion should have."""
-    if isinstance(answer, str):
-        answer = re.sub(r"^\s*<answer>(.*)</answer>\s*$", r"\1", answer, flags=re.DOTALL)
-    return answer
-
-
 def parse_row(row, columns, folder, reading):
     """A row of a table, by `columns` of `choose_columns` -> the row that `check` takes."""
     require(isinstance(row, dict), "odd shape")
     row = {ours: row.get(theirs) for ours, theirs in columns.items()}
-    options, answer = as_options(row["options"]), untagged(row["answer"])
+    options, answer = read_choices(row["options"], row["answer"])
     require(as_text(answer), "empty answer")
     parsed = dict(images=load_images(row["images"], folder), question=as_text(row["question"]),
                   options=options, question_type=as_text(row["question_type"]) or None,

@@ -949,6 +949,8 @@ READINGS = [
     (["A", "B"], ["b", "a"], "letter", ["b", "a"]),
     ([float("nan"), 1.0], ["x", "y"], "", [None, "y"]),
     (["B", "D", "B. dog"], ["A. cat", "B. dog", "C. hen", "D. cow"], "", ["dog", "cow", None]),
+    (["B. dog", "(D) cow", "A. cow"], ["A. cat", "B. dog", "C. hen", "D. cow"], "", ["dog", "cow", None]),
+    (["B. dog", "(D) cow", "A. cow"], ["cat", "dog", "hen", "cow"], "", ["dog", "cow", None]),
     (["<answer> 3 </answer>", "4"], None, "", ["3", "4"]),
     ([7, 0.5, float("nan"), None, True], None, "", ["7", "0.5", None, None, "True"])]
 
