@@ -27,7 +27,7 @@ the G completions branch off the keys and values that they leave. It is exact: `
 Symbols: n prompts of a pass, P prompt tokens, C completion tokens, K rows of a chunk, H hidden size, V
 vocabulary size. Tensor lines end in their shape: # (N, C). `cfg` holds the settings (`Config`). `run` holds
 what `setup` makes of them: the policy, which is trained; the sampler, its copy that samples; the reference;
-optimizer, tokenizer, data.
+optimizer, tokenizer, data. policy(encode, x) is encode(model, x), by way of what shards or casts (`Policy`).
 
     python grpo_vision.py                                             # the toy: a laptop, offline, 2 minutes
     python grpo_vision.py --preset sat                                # Qwen2-VL-2B on SAT, on one GPU
@@ -145,7 +145,9 @@ def row_text(row, template, tokenizer):
 
 def draw_batch(run, cfg, step):
     """This process's B of the step's questions -> their numbers in the data, their rows (dicts), their
-    prompts' texts, and the passes in which they run through the model, each n prompts."""
+    prompts' texts, and the passes in which they run through the model. A pass (`build_prompts`) is n prompts:
+    input_ids (n, P), padded on the right; lengths (n,); position_ids (3, n, P); next_position (n,), where the
+    completion begins; the pixels; first, the number of its first prompt."""
     B, rank = cfg.prompts_per_step // run.accelerator.num_processes, run.accelerator.process_index
     numbers = run.data.draw(cfg.seed, step * cfg.prompts_per_step + rank * B, B)
     rows = [run.data[number] for number in numbers]
@@ -162,7 +164,7 @@ def draw_batch(run, cfg, step):
 def encode(model, prompts):
     """A pass (`build_prompts`) -> what it leaves in each layer, [keys of layer 0, values of layer 0, ...],
     each (n, kv_heads, P - 1, head_dim). The last prompt token is left out. It becomes the first input of each
-    completion, whose output predicts the first completion token: keys and values are all that is needed.
+    completion, and its output predicts the first completion token. Of the others only keys and values count.
     Padding needs no mask here: attention is causal, so nothing that counts sees what is on its right."""
     layers = [PromptLayer() for _ in range(model.config.text_config.num_hidden_layers)]
     model.model(input_ids=prompts.input_ids[:, :-1], position_ids=prompts.position_ids[:, :, :-1],
@@ -329,9 +331,9 @@ def compute_rewards(names, texts, lengths, rows, template="base"):
 def group_advantages(rewards, num_generations, scale_rewards=True):
     """(N,) rewards -> (N,) advantages A = (R - mean) / (std + 1e-4) per group, with the unbiased std.
 
-    Subtracting the group's mean keeps the expected gradient and reduces its noise (DeepSeekMath, arXiv
-    2402.03300, section 4.1.2; the 1e-4 is from the paper's code). scale_rewards=False leaves A = R - mean:
-    std gives more weight to questions that are nearly always right or wrong (Dr. GRPO, arXiv 2503.20783)."""
+    Subtracting the group's mean keeps the direction of the expected gradient and reduces its noise
+    (DeepSeekMath, arXiv 2402.03300, 4.1.2; the 1e-4 is from the paper's code). scale_rewards=False leaves
+    A = R - mean: a small std makes A large where nearly all are right, or wrong (Dr. GRPO, 2503.20783)."""
     if num_generations == 1:  # SFT: no siblings. With A = 1, step 6 follows the gradient of log pi
         return torch.ones_like(rewards)                                                           # (N,)
     R = rewards.view(-1, num_generations)                                                         # (B, G)
@@ -357,8 +359,9 @@ def chosen_logps(model, hidden, tokens, temperature):
 def score(model, prompts, prompt_kv, group, completion_ids, completion_mask, cfg):
     """Log-probabilities and entropy of K completions, each (K, C), 0 where masked.
     prompt_kv: from `encode`. group: (K,), which of the n prompts a row belongs to. Each row sees the keys and
-    values of its prompt, which are not computed again, and its own past. Its inputs begin with the last
-    prompt token, one position before next_position. What pads it on the right comes after all that counts."""
+    values of its prompt (`PromptLayer` joins them to its own) and its own past (transformers adds that to the
+    mask). Its inputs begin with the last prompt token, one position before next_position: an image of h x w
+    tokens takes max(h, w) positions. What pads a row on the right comes after all that counts."""
     (K, C), P, device = completion_ids.shape, prompts.input_ids.shape[1], completion_ids.device
     last = prompts.lengths[group][:, None] - 1                                                    # (K, 1)
     inputs = torch.cat([prompts.input_ids[group].gather(1, last), completion_ids[:, :-1]], 1)     # (K, C)
@@ -384,6 +387,7 @@ def score_by_reference(reference, passes, rollout, cfg):
     for prompts in passes:
         prompt_kv = reference(encode, prompts)
         for rows, group, ids, mask in chunks(prompts, rollout, cfg):
+            # added, since a sharded run may yield a row a second time, fully masked
             ref_logps[rows, :ids.shape[1]] += reference(score, prompts, prompt_kv, group, ids, mask, cfg)[0]
     return ref_logps
 
@@ -404,7 +408,7 @@ LOSS_TYPES = {
 def weigh_tokens(lengths, finished, cfg):
     """(N,) lengths, (N,) bool -> (N,) the weight of a token of each row."""
     kept = finished if cfg.mask_truncated_completions else torch.ones_like(finished)
-    # a row that is not kept counts as one without tokens: almost 0 of them, not to divide by 0
+    # a row that is not kept has no tokens and no weight; 1e-9 only keeps the division finite
     lengths = (lengths.double() * kept).clamp(min=1e-9)
     return LOSS_TYPES[cfg.loss_type](lengths, cfg.max_completion_length) * kept
 
@@ -414,12 +418,13 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     """The loss of K of the step's rows (arXiv 2402.03300, eq. 3), and for the log kl and where the clip acts,
     (K, C). *_logps, completion_mask: (K, C); advantages, token_weights: (K,).
 
-    Why it teaches: the expected reward grows along the mean of A * gradient of log pi(completion), over
-    samples of pi (the policy gradient). While pi is pi_old, the ratio is 1 and its gradient is that of log
-    pi: every token is pushed up or down by its A. A further update on the same rollout (num_iterations > 1)
-    has samples of pi_old, a policy of the past. The ratio corrects for that while it is near 1. Hence the
-    clip: a token that has moved by epsilon in the direction of its A is pushed no further. And hence the min:
-    one that has moved the other way is still pushed."""
+    Why it teaches: the expected reward is the sum over completions of pi(completion) R. The gradient of pi is
+    pi * gradient of log pi. So the reward grows along the mean, over samples of pi, of R * gradient of log
+    pi. A in place of R has less noise. While pi is pi_old, the ratio is 1 and its gradient is that of log pi:
+    every token is pushed up or down by its A. A further update on the same rollout (num_iterations > 1) has
+    samples of pi_old, a policy of the past. The ratio corrects for that while it is near 1. Hence the clip: a
+    token that has moved by epsilon in the direction of its A is pushed no further. And hence the min: one
+    that has moved the other way is still pushed."""
     A = advantages[:, None]                                                                       # (K, 1)
     # ratio = pi / pi_old
     ratio = (per_token_logps - old_per_token_logps).exp()                                         # (K, C)
@@ -427,14 +432,13 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))   # (K, C)
     per_token_loss = -torch.min(ratio * A, clipped * A)                                           # (K, C)
     # kl = pi_ref / pi - log(pi_ref / pi) - 1. For tokens drawn from pi this is an unbiased estimate of
-    # KL(pi || pi_ref), and never negative
+    # KL(pi || pi_ref), and never negative, because exp(x) - x - 1 is not
     kl = torch.zeros_like(ratio)
     if beta > 0:
         log_ref_over_pi = ref_per_token_logps - per_token_logps                                   # (K, C)
         kl = log_ref_over_pi.exp() - log_ref_over_pi - 1                                          # (K, C)
         per_token_loss = per_token_loss + beta * kl                                               # (K, C)
-    # loss = sum over rows of token_weights * sum over tokens. With weights of 1 / (rows * tokens of the row)
-    # it is the mean over rows of the mean over tokens; LOSS_TYPES has others
+    # loss = sum over rows of token_weights * sum over tokens; LOSS_TYPES has the weights
     per_row = (per_token_loss * completion_mask).sum(1)                                           # (K,)
     return (per_row * token_weights).sum(), kl.detach(), clipped * A < ratio * A
 
@@ -451,7 +455,8 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
     one chunk. Both have a budget, so it grows neither with B nor with G.
 
     advantages, token_weights: (N,). ref_logps, old_logps: (N, C). old_logps is None where pi_old is pi. (The
-    sampler's would show its rounding.) Returns this pass's log-probabilities (N, C), and sums to log."""
+    sampler's are not taken: on a GPU it computes in bf16, and its rounding would look like a ratio.) Returns
+    the log-probabilities (N, C), and sums to log."""
     logps = torch.zeros_like(rollout.sampling_logps)                                              # (N, C)
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip_ratio"), 0.0)
     for prompts in passes:
@@ -480,10 +485,10 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
 def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
     """num_iterations updates of the weights -> sums over tokens and the gradient's norm, to log. An update
     whose norm is not finite leaves the weights as they are, and is the last."""
-    accelerator, n = run.accelerator, run.accelerator.num_processes
+    accelerator, processes = run.accelerator, run.accelerator.num_processes
     weights = weigh_tokens(accelerator.gather(rollout.lengths), accelerator.gather(rollout.finished), cfg)
-    # those of this process's rows; n times, because the gradients of n processes are averaged
-    token_weights = n * weights.chunk(n)[accelerator.process_index].float()                       # (N,)
+    own = weights.chunk(processes)[accelerator.process_index]  # those of this process's rows
+    token_weights = processes * own.float()  # because the gradients of the processes are averaged  (N,)
     advantages = advantages.to(token_weights.device)                                              # (N,)
     decay = 1 - step / cfg.max_steps if cfg.lr_scheduler_type == "linear" else 1
     run.optimizer.param_groups[0]["lr"] = cfg.learning_rate * decay
@@ -509,12 +514,9 @@ def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
 # ---- Prompts as the model takes them, and chunks of rows -------------------------------------------------
 
 def build_prompts(texts, images, tokenizer, image_processor, model, first=0):
-    """n texts from `render`, n lists of PIL images, which may be empty -> a pass, on the model's device:
-
-    input_ids (n, P), padded on the right; lengths (n,) without padding; position_ids (3, n, P); next_position
-    (n,), of the first completion token; pixel_values and image_grid_thw of all images; first, the number of
-    the first prompt in its batch. Positions are M-RoPE's (multimodal rotary position embedding), in time,
-    height and width. They are equal for text, and h x w image tokens advance what follows by max(h, w)."""
+    """n texts from `render`, n lists of PIL images, which may be empty -> a pass (see `draw_batch`), on the
+    model's device. Positions are M-RoPE's (multimodal rotary position embedding), in time, height and width.
+    They are equal for text, and h x w image tokens advance what follows by max(h, w)."""
     flat, tokens = list(itertools.chain(*images)), iter(())
     pixels = dict(pixel_values=None, image_grid_thw=None)
     if flat:
@@ -755,8 +757,7 @@ def choose_prompt(tokenizer, prompt="auto"):
 
 
 class Policy(nn.Module):
-    """A model behind one door: policy(function, *arguments) is function(model, *arguments). FSDP wraps this
-    module, and its hooks run in `forward` only. autocast: compute in bf16."""
+    """A model behind one door, `forward`: only there FSDP's hooks run. autocast: compute in bf16."""
     def __init__(self, model, autocast=False):
         super().__init__()
         self.model, self.autocast = model, autocast
@@ -1000,8 +1001,8 @@ PRESETS = {
                       max_completion_length=4096),
 }
 # setting -> its least value. A comparison with nan is false
-LEAST = dict(num_generations=2, temperature=0.01, beta=0, epsilon=0, epsilon_high=0, max_grad_norm=0,
-             learning_rate=0, eval_steps=0, **dict.fromkeys(
+LEAST = dict(temperature=0.01, beta=0, epsilon=0, epsilon_high=0, max_grad_norm=0, learning_rate=0,
+             eval_steps=0, **dict.fromkeys(
                  "prompts_per_step max_steps max_prompt_length max_completion_length num_iterations "
                  "max_pixels encode_tokens score_tokens save_steps save_total_limit eval_limit".split(), 1))
 # settings of earlier versions: values at which a run can go on without them
@@ -1056,7 +1057,7 @@ def saved_settings(folder):
 
 def check_config(cfg):
     """Stop with a sentence if a setting cannot be."""
-    for flag, least in LEAST.items():
+    for flag, least in (LEAST | dict(num_generations=1 if cfg.algorithm == "sft" else 2)).items():
         value = getattr(cfg, flag)
         if value is not None and not least <= value < math.inf:
             fail(f"--{flag} {value}: must be a number from {least} on")

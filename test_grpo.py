@@ -1097,9 +1097,9 @@ def test_checkpoints_are_models_for_transformers_and_servers(name, trained, worl
 @pytest.mark.parametrize("family", FAMILIES)
 def test_each_family_trains_saves_and_is_evaluated(family, worlds, train, evaluate, tmp_path):
     flags = ["--model_name_or_path", worlds[family].folder, "--max_pixels", 12000, "--max_steps", 2]
-    train(tmp_path / "grpo", *flags, "--max_steps", 1)
-    train(tmp_path / "grpo", *flags, "--resume")
-    train(tmp_path / "sft", *flags, "--algorithm", "sft", "--freeze", "vision")
+    for run in ["grpo"], ["sft", "--algorithm", "sft", "--freeze", "vision"]:
+        train(tmp_path / run[0], *flags, *run[1:], "--max_steps", 1)
+        g.main(["--resume", "--output_dir", str(tmp_path / run[0]), "--max_steps", "2"])
     metrics = jsonl(tmp_path / "grpo/metrics.jsonl")
     assert len(metrics) == 2 and all(m["sampler_mismatch"] < 1e-4 and m["grad_norm"] > 0 for m in metrics)
     folders = worlds[family].folder, tmp_path / "grpo/final", tmp_path / "sft/final"
