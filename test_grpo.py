@@ -1035,6 +1035,14 @@ def test_data_that_is_no_training_data_stops(train, sat, world, tmp_path):
             data.keep_fitting("base", world.tokenizer, world.image_processor, 1024, need_image=True)
 
 
+def test_data_is_read_as_it_lies_there_without_a_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/proc/none"))
+    for answer in "a", "b":  # rewritten within a tick of the file system's clock
+        write_rows(tmp_path / "train.parquet", dict(answer=answer))
+        os.utime(tmp_path / "train.parquet", (0, 0))
+        assert prepare_sat.TrainingData(tmp_path)[0]["answer"] == answer
+
+
 def test_draw_walks_through_seeded_permutations(sat):
     data = prepare_sat.TrainingData(sat)
     data.kept = [3, 1, 4, 15, 9, 2, 6]
@@ -1125,8 +1133,7 @@ def test_another_kind_of_model_and_broken_ones_stop(world, train, tmp_path, monk
     train(tmp_path / "run", "--max_steps", 1)
     assert jsonl(tmp_path / "run/metrics.jsonl")[0]["sampler_mismatch"] < 1e-4
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with stops("ACCELERATE_USE_DEEPSPEED"):
-        train(tmp_path / "other")
+    all_stop(lambda flags: train(tmp_path / "other"), {"": "ACCELERATE_USE_DEEPSPEED"})
 
 
 def test_beta_0_loads_no_reference_and_later_iterations_clip(train, tmp_path, monkeypatch):
@@ -1222,13 +1229,11 @@ def test_a_folder_belongs_to_one_run(train, tmp_path, monkeypatch):
         folder, lock = g.claim(g.Config())
         assert folder.name == name
         lock.release()
-        others.append(FileLock(folder / ".lock"))
-        others[-1].acquire()
+        others.append(FileLock(folder / ".lock").acquire().lock)
     (tmp_path / "toy/config.json").write_text("{}")
     with stops(folder, "in use"):
         g.claim(g.Config(output_dir=str(folder), resume=True))
-    for other in others:
-        other.release()
+    others.clear()  # a lock goes with its process, or here with its object
     assert g.claim(g.Config())[0].name == "toy-2"  # one that was killed before it began leaves nothing to clean
     with stops(tmp_path / "toy", "not empty"):
         train(tmp_path / "toy")
