@@ -1,6 +1,6 @@
 """CV-Bench by the paper's protocol: greedy, the answer block or else the whole text; every answer is kept.
 
-    python eval_cvbench.py                       # runs/toy/final and its base, on the toy's two sets
+    python eval_cvbench.py                       # the last toy run and its base, on the toy's two sets
     python eval_cvbench.py --run runs/toy        # every checkpoint of a run, and its curves from these scores
     python eval_cvbench.py --model runs/sat/final --data nyu-visionx/CV-Bench --modes all
     accelerate launch eval_cvbench.py ...        # on all GPUs: each process takes every n-th question
@@ -54,7 +54,7 @@ def load_questions(path, limit=None):
     id, where, task, source, images, text (what the template is filled with), options, answer (an option)."""
     files = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
     if Path(path).exists():
-        table = read_parquet(files)
+        table = read_parquet(files or [Path(path) / "*.parquet"])
     else:
         try:
             table = datasets.load_dataset(path, split="test")
@@ -154,7 +154,7 @@ def answer_questions(model, tokenizer, image_processor, questions, mode, batch_s
         for row, (q, text) in enumerate(zip(batch, texts)):
             tokens = rollout.completion_ids[row, rollout.completion_mask[row]]
             record = {key: q[key] for key in ("id", "task", "source", "options", "answer")}
-            record |= {"prompt": text, "completion": completion_text(text, tokens, tokenizer),
+            record |= {"mode": mode, "prompt": text, "completion": completion_text(text, tokens, tokenizer),
                        "length": len(tokens), "finished": bool(rollout.finished[row])}
             yield with_verdict(record, strict)
 
@@ -237,18 +237,19 @@ def read_choice(answer, options):
 def with_verdict(record, strict):
     """The record with what its completion is worth, by the grader as it is now."""
     extracted, find = read_answer(record["completion"], strict), choose if strict else read_choice
+    if strict and record.get("mode", "").endswith("-direct"):
+        extracted = record["completion"].strip()
     correct = grade(extracted, record["answer"], record["options"], find)
     if not record["options"] and extracted:  # a free answer may be right as mathematics
         correct = correct or bool(math_reward(extracted, record["answer"]))
-    chosen = find(extracted, record["options"])
-    return {**record, "extracted": extracted, "chosen": chosen, "correct": correct}
+    return {**record, "extracted": extracted, "chosen": find(extracted, record["options"]), "correct": correct}
 
 
 # ---- Files -----------------------------------------------------------------------------------------------
 
 def read_jsonl(path):
     """-> the records of a file, [] without one. A last line that a killed program left half is left out."""
-    records, lines = [], path.read_text().splitlines(keepends=True) if path.exists() else []
+    records, lines = [], path.read_text().splitlines(keepends=True) if path.is_file() else []
     for number, line in enumerate(lines, 1):
         try:
             records.append(json.loads(line))
@@ -302,7 +303,7 @@ def short(path):
 
 
 def slug(path):
-    return re.sub(r"[^\w.-]+", "-", short(path)).strip("-")
+    return re.sub(r"[^\w.-]+", "-", short(path)).strip("-")[-80:]  # a file system's names have an end
 
 
 # ---- The scores ----------------------------------------------------------------------------------------
@@ -383,9 +384,9 @@ def sign_test(a, b):
 
 def compare(paths):
     """Two files of answers -> how much better the second is on the questions that both have, printed."""
-    a, b = ({r["id"]: r for r in read_jsonl(path)} for path in paths)
+    a, b = ({r.get("id"): r for r in read_jsonl(path)} for path in paths)
     both = sorted(a.keys() & b.keys())
-    if not both or any(a[i]["question"] != b[i]["question"] for i in both):
+    if not both or any(a[i].get("question") != b[i].get("question", "") for i in both):
         fail(f"--compare: {paths[0]} and {paths[1]} hold no answers to the same questions")
     alone = len(a) + len(b) - 2 * len(both)
     print(f"A: {paths[0]}\nB: {paths[1]}\n{len(both)} questions; {alone} that only one has are left out")
@@ -508,9 +509,8 @@ def open_logs(run, done):
                 fail(f"--resume: {folder} began with another {name}. Give the old one, or start a new run.")
     write_whole(folder / "config.json", json.dumps(asdict(cfg), indent=2))
     write_whole(folder / "fingerprints.json", json.dumps(prints))
-    for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):
-        kept = [r for r in read_jsonl(folder / name) if r["step"] <= (done or -1)]  # step 0 is evaluated
-        write_jsonl(folder / name, kept)
+    for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):  # done 0: step 0 is evaluated anew
+        write_jsonl(folder / name, [r for r in read_jsonl(folder / name) if r["step"] <= (done or -1)])
 
 
 def summarise(run, step, came):
@@ -631,16 +631,15 @@ def draw_curves(run, scores=None):
     reflecting = defaultdict(list)
     for record in read_jsonl(run / "completions.jsonl"):
         reflecting[record["step"]].append(bool(REFLECTION.search(record["completion"])))
-
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.25})
     figure, panels = plt.subplot_mosaic([["top"] * 3, [0, 1, 2], [3, 4, 5]], height_ratios=[5, 2, 2],
                                         figsize=(9, 7), layout="constrained")
     top = panels["top"]
-    for color, name in zip(("tab:blue", "tab:cyan", "tab:purple"), dict.fromkeys(s["set"] for s in scores)):
+    for name in dict.fromkeys(s["set"] for s in scores):
         line = [s for s in scores if s["set"] == name]
         x, y, error = ([s[key] for s in line] for key in ("step", "accuracy", "standard_error"))
         label = f"accuracy on {Path(name).stem} ({line[0]['questions']} questions)"
-        top.errorbar(x, y, error, fmt="o-", color=color, ms=4, elinewidth=0.8, label=label)
+        top.errorbar(x, y, error, fmt="o-", ms=4, elinewidth=0.8, label=label)
     top.set(xlabel="training step", ylabel="accuracy, % (bar: 1 standard error)", ylim=(0, 100))
     right = top.twinx()
     lengths = [m["completions/mean_length"] for m in metrics]
@@ -650,7 +649,6 @@ def draw_curves(run, scores=None):
     right.grid(False)
     handles = [axis.get_legend_handles_labels() for axis in (top, right)]
     top.legend(*(a + b for a, b in zip(*handles)), loc="lower right", framealpha=0.9)
-
     parts = [key for key in metrics[0] if key.startswith("rewards/")]
     curves = [("reward", {key.removeprefix("rewards/"): [m[key] for m in metrics] for key in parts}),
               ("KL to the reference, per token", {"": [m["kl"] for m in metrics]}),
@@ -660,9 +658,9 @@ def draw_curves(run, scores=None):
               ("rollouts cut at the token limit", {"": [m["completions/clipped_ratio"] for m in metrics]})]
     for number, (title, lines) in enumerate(curves):
         panel = panels[number]
-        for (label, values), color in zip(lines.items(), ("tab:green", "tab:orange", "tab:brown")):
-            panel.plot(steps, values, color=color, lw=0.7, alpha=0.35)
-            panel.plot(steps, smooth(values, width), color=color, label=label)
+        for label, values in lines.items():
+            faint, = panel.plot(steps, values, lw=0.7, alpha=0.35)
+            panel.plot(steps, smooth(values, width), color=faint.get_color(), label=label)
         panel.set_title(title, fontsize=9)
         panel.set_ylim(bottom=0)
         if len(lines) > 1:
@@ -710,7 +708,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add, toy_sets = parser.add_argument, PRESETS["toy"]["eval_data"].split(",")
-    add("--model", nargs="+", help="folders or hub ids; default: runs/toy/final and its base")
+    add("--model", nargs="+", help="folders or hub ids; default: the last runs/toy*/final and its base")
     add("--run", type=Path, help="every checkpoint of this training run instead")
     add("--data", nargs="+", default=toy_sets, help="CV-Bench, or files as prepare_sat.py writes them")
     add("--modes", nargs="+", default=["reasoning"], choices=["all", "reasoning", "direct", *MODES],
@@ -718,7 +716,7 @@ def parse_args(argv=None):
     add("--limit", type=int, help="only so many questions, always the same")
     add("--batch_size", type=int, default=32, help="questions decoded together")
     add("--max_new_tokens", type=int, default=1024, help="tokens at most per answer")
-    add("--max_pixels", type=int, help="larger images are shrunk to this; default: as in training")
+    add("--max_pixels", type=int, help="larger images are shrunk; default: as in the run's training")
     add("--temperature", type=float, help="default: 0, greedy, as the paper; 0.6 with --ask")
     add("--seed", type=int, default=0, help="seed of sampling, if temperature is above 0")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
@@ -733,8 +731,8 @@ def parse_args(argv=None):
     for flag in "limit", "batch_size", "max_new_tokens", "max_pixels":
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             fail(f"--{flag} must be at least 1")
-    if args.image and not args.ask or args.ask == "":
-        fail("--ask needs a question, and --image needs --ask")
+    if args.image and not args.ask or args.ask == "" or args.run and args.model:
+        fail("--ask needs a question, --image needs --ask, and --run takes no --model")
     if not 0 <= (args.temperature or 0) < inf or not 0 < args.top_p <= 1:
         fail("--temperature must be at least 0, and --top_p above 0 and at most 1")
     args.data = [absolute(path) for path in args.data]
@@ -754,7 +752,9 @@ def main(argv=None):
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     args.dtype = args.dtype or ("bfloat16" if state.device.type == "cuda" else "float32")
     if args.model is None:
-        args.model = models_of(args.run or RUNS / "toy", only_ends=args.run is None)
+        last = max(RUNS.glob("toy*/final"), key=lambda path: path.stat().st_mtime, default=RUNS / "toy/final")
+        args.model, max_pixels = models_of(args.run or last.parent, only_ends=args.run is None)
+        args.max_pixels = args.max_pixels or max_pixels
     if args.ask:
         return ask(args, state.device)
     args.temperature = args.temperature or 0.0
@@ -782,11 +782,12 @@ def main(argv=None):
 
 
 def models_of(run, only_ends):
-    """-> the model that a run started from and its checkpoints; or only its start and its final/."""
-    if not (run / "config.json").exists() or only_ends and not (run / "final").exists():
+    """-> the models of a run, its start and its checkpoints or (only_ends) final/; and its max_pixels."""
+    trained = [run / "final"] if only_ends else checkpoints(run)
+    if not (run / "config.json").exists() or not trained or not trained[0].exists():
         fail(f"{run} is not a finished run; `python grpo_vision.py` makes one, or name a --model")
-    start = json.loads((run / "config.json").read_text())["model_name_or_path"]
-    return [start, *map(str, [run / "final"] if only_ends else checkpoints(run))]
+    config = json.loads((run / "config.json").read_text())
+    return [config["model_name_or_path"], *map(str, trained)], config["max_pixels"]
 
 
 def load(name, args, device):
@@ -801,21 +802,22 @@ def evaluate(name, path, questions, mode, model, tokenizer, image_processor, arg
     every n-th question and writes a file of its own, which the first one takes over at the end."""
     known = {q["id"]: question_digest(q) for q in questions}
     settings = [sorted(dict(image_processor.size).items()), args.dtype, args.max_new_tokens, args.temperature,
-                args.seed if args.temperature else None, MODES[mode], sorted(known.items())]
-    stem = f"{slug(name)}--{slug(path)}--{mode}"
-    folder = args.output_dir / f"{stem}--{digest([fingerprint(name), settings])}"
+                args.seed if args.temperature else None, args.strict, MODES[mode], sorted(known.items())]
+    folder = args.output_dir / f"{slug(name)}--{slug(path)}--{mode}--{digest([fingerprint(name), settings])}"
     folder.mkdir(parents=True, exist_ok=True)
     kept = lambda: {r["id"]: r for file in sorted(folder.glob("answers*.jsonl")) for r in read_jsonl(file)}
     done = kept()
     state.wait_for_everyone()  # all have read before one writes
+    mine = folder / f"answers.rank{state.process_index}.jsonl"
+    if mine.exists():
+        write_jsonl(mine, read_jsonl(mine))  # without half a line, at which a killed program left it
     todo = [q for q in questions[state.process_index::state.num_processes] if q["id"] not in done]
     answers = answer_questions(model, tokenizer, image_processor, todo, mode, args.batch_size,
                                args.max_new_tokens, args.temperature, args.seed, args.strict)
     verdicts, title = [], f"{short(name)} on {short(path)}, {mode}" + ", graded as in training" * args.strict
     with tqdm(answers, title, len(todo), disable=not state.is_main_process) as bar:
         for record in bar:
-            append_jsonl(folder / f"answers.rank{state.process_index}.jsonl",
-                         [{**record, "question": known[record["id"]]}])
+            append_jsonl(mine, [{**record, "question": known[record["id"]]}])
             verdicts.append(record["correct"])
             bar.set_postfix_str(f"{100 * sum(verdicts) / len(verdicts):.1f} % right", refresh=False)
     state.wait_for_everyone()
@@ -834,9 +836,10 @@ def evaluate(name, path, questions, mode, model, tokenizer, image_processor, arg
 def regrade(files, strict):
     """Files of answers -> the same with the verdicts of the grader as it is now."""
     for file in files:
-        records = [with_verdict(record, strict) for record in read_jsonl(file)]
-        if not records:
+        records = read_jsonl(file)
+        if not records or "options" not in records[0]:
             fail(f"--regrade: {file} has no answers. Give files like results/NAME/answers.jsonl.")
+        records = [with_verdict(record, strict) for record in records]
         write_jsonl(file, records)
         print(file, *map(markdown_table, tables_of(records)), sep="\n")
 

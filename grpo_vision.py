@@ -57,7 +57,7 @@ import torch.distributed.checkpoint as distributed_checkpoint
 import transformers
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
@@ -695,8 +695,8 @@ def load_processors(path, max_pixels=None):
 
 def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32):
     """Folder or hub id -> a Qwen-VL, with two attributes more. suppressed, (V,) bool: vision tokens, which
-    would crash the next forward, and vocabulary rows without a token. eos_ids: what ends a completion, the
-    tokenizer's end token first. dtype float32: in bf16 an update of 1e-6 is rounded away."""
+    are no text, and vocabulary rows without a token. eos_ids: what ends a completion, the tokenizer's own
+    first. dtype float32: in bf16 an update of 1e-6 is rounded away."""
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
@@ -775,17 +775,16 @@ def checkpoint_layers(model):
 
 def build_models(cfg, start, device, tokenizer, sharded):
     """Folder or hub id `start` -> policy, sampler, reference (or None). The policy's weights are float32. The
-    others are plain copies, in bf16 on a GPU. Alone on a CPU, the policy itself samples."""
+    others are plain copies, in bf16 on a GPU. GRPO alone on a CPU samples from the policy itself."""
     on_gpu = device.type == "cuda"
     model = load_model(start, tokenizer, cfg.attn_implementation).to("cpu" if cfg.cpu_offload else device)
     set_threads(model)
     towers = dict(vision=[model.model.visual], llm=[model.model.language_model, model.lm_head])
     for tower in towers.get(cfg.freeze, []):
         tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
-    plain = lambda *path: load_model(*path, dtype=torch.bfloat16 if on_gpu else torch.float32).to(device)
-    sampler = plain(start, tokenizer) if sharded or on_gpu else model  # sdpa: its masks are not for flash
-    frozen = (cfg.model_name_or_path, tokenizer, cfg.attn_implementation)
-    reference = Policy(plain(*frozen)) if cfg.beta > 0 else None
+    load = lambda *path: load_model(*path, dtype=torch.bfloat16 if on_gpu else torch.float32).to(device)
+    sampler = load(start, tokenizer) if sharded or on_gpu or cfg.algorithm == "sft" else model  # sdpa: masks
+    reference = Policy(load(cfg.model_name_or_path, tokenizer, cfg.attn_implementation)) if cfg.beta else None
     if cfg.algorithm == "sft":
         model.suppressed.zero_()  # plain cross-entropy, over all the vocabulary
     if cfg.gradient_checkpointing:
@@ -870,7 +869,7 @@ def seeded(*key):
 
 def checkpoints(output_dir):
     """-> its complete checkpoint-N folders, oldest first; `save` gives them the name when they are."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.suffix != ".tmp"]
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
@@ -908,7 +907,7 @@ def save(folder, run, with_state=False):
 
 
 def is_used(folder):  # a lock may be left of a run that was killed before it began
-    return folder.exists() and any(path.name != ".lock" for path in folder.iterdir())
+    return folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir())
 
 
 def claim(cfg):
@@ -918,14 +917,14 @@ def claim(cfg):
         folder = Path(cfg.output_dir or RUNS / (cfg.preset if n == 1 else f"{cfg.preset}-{n}"))
         lock = FileLock(folder / ".lock", blocking=False, is_singleton=True)  # a notebook may call main again
         if cfg.resume or not is_used(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            with suppress(Timeout):
+            with suppress(OSError):  # which filelock's Timeout is, too
+                folder.mkdir(parents=True, exist_ok=True)
                 lock.acquire()
         if lock.is_locked and (cfg.resume or not is_used(folder)):
             return folder, lock
         lock.release()
-        if cfg.output_dir:
-            fail(f"--output_dir {folder} is not empty or in use. Choose another, or go on by --resume.")
+        if cfg.output_dir or n == 999:
+            fail(f"--output_dir {folder} is not empty, in use or not writable. Choose another, or --resume.")
 
 
 # ---- Settings --------------------------------------------------------------------------------------------
@@ -1044,8 +1043,8 @@ def saved_settings(folder):
         return {}
     try:
         saved = json.loads((folder / "config.json").read_text())
-        saved["preset"]
-    except (OSError, ValueError, KeyError):
+        PRESETS[saved["preset"]]
+    except (OSError, ValueError, KeyError, TypeError):
         fail(f"--resume: {folder} has no config.json of a run that can be read. Give the folder of a run.")
     for name in sorted(saved.keys() - {setting.name for setting in fields(Config)}):
         value = saved.pop(name)
@@ -1081,9 +1080,10 @@ def setup(cfg):
         run.output_dir, run.lock = claim(cfg)
     last = checkpoints(cfg.output_dir)[-1:] if cfg.resume else []
     start, done = (last[0], int(last[0].name[11:])) if last else (cfg.model_name_or_path, 0)
-    if done and not (start / "state").exists():
-        fail(f"--resume: {start} has no state/, so training cannot go on from it. Remove it.")
-    if done >= cfg.max_steps:
+    is_over = cfg.resume and (Path(cfg.output_dir) / "final").exists()
+    if (done or is_over) and not (Path(start) / "state").exists():
+        fail(f"--resume: {start if done else cfg.output_dir} has no state/ to go on from. Begin a new run.")
+    if done >= cfg.max_steps and is_over:
         run.accelerator.print(f"{cfg.output_dir} has done {done} steps of {cfg.max_steps}. It is complete.")
         sys.exit(0)
     run.tokenizer, run.image_processor = load_processors(start, cfg.max_pixels)

@@ -249,9 +249,9 @@ def check(row, multi_image):
     own = f"<think></think><answer>{row['answer']}</answer>"
     require(accuracy_reward(own, row["answer"], options), "its own answer would earn no reward")
     for image in row["images"]:
-        try:  # the functions by which training opens and resizes it
-            smart_resize(*open_image({"bytes": image}, "").size)
-        except (SystemExit, ValueError):
+        try:  # as training will
+            open_image({"bytes": image}, "")
+        except SystemExit:
             raise Skip("broken image") from None
     images = [{"bytes": image, "path": None} for image in row["images"]]
     return {**row, "images": images, "question": question, "options": options}
@@ -319,6 +319,7 @@ def open_image(image, where, decode=True):
     """{"bytes", "path"} -> RGB image, or stop and name its row. decode=False reads only the header."""
     try:
         picture = Picture.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
+        smart_resize(*picture.size)  # stops at an image 200 times as long as wide, as it will in training
         return upright(picture) if decode else picture
     except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error ...
         fail(f"{where}: its image cannot be read ({error}). Remove or replace it.")

@@ -1526,7 +1526,8 @@ def test_a_killed_or_second_start_asks_what_is_missing(evaluate, evaluated, tmp_
     with pytest.raises(KeyboardInterrupt):
         evaluate(tmp_path)
     folder, = tmp_path.iterdir()
-    (folder / "answers.rank1.jsonl").write_text(whole["answers.jsonl"][:40])  # of another, killed in a line
+    for rank in 0, 1:  # two processes, killed in a line
+        (folder / f"answers.rank{rank}.jsonl").open("a").write(whole["answers.jsonl"][:40])
     for _ in range(2):
         evaluate(tmp_path)
         assert len(asked) == 5 and contents(folder) == whole
@@ -1555,11 +1556,13 @@ def test_other_weights_settings_or_questions_have_a_folder_of_their_own(evaluate
 def test_regrading_and_comparing_take_files(evaluated, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(eval_cvbench, "load_model", None)  # none is needed
     a, b, c = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
-    said = ["The answer is (B)", "<answer>4</answer>", "three", "<answer>2</answer> <answer>4</answer>", ""]
-    records = jsonl(evaluated["base-direct"] / "answers.jsonl")
-    eval_cvbench.write_jsonl(a, [r | {"completion": text, "correct": None, "chosen": "?"}
-                                 for r, text in zip(records, said, strict=True)])
-    for flags, right in ([], [1, 1, 0, 1, 0]), (["--strict"], [0, 1, 0, 0, 0]):
+    said = ["The answer is (B)", "<answer>4</answer>", "4", "<answer>2</answer> <answer>4</answer>", ""]
+    for mode, flags, right in [("base-direct", ["--strict"], [0, 0, 1, 0, 0]),
+                               ("base-reasoning", [], [1, 1, 1, 1, 0]),
+                               ("base-reasoning", ["--strict"], [0, 1, 0, 0, 0])]:
+        records = jsonl(evaluated[mode] / "answers.jsonl")
+        eval_cvbench.write_jsonl(a, [r | {"completion": text, "correct": None, "chosen": "?"}
+                                     for r, text in zip(records, said, strict=True)])
         eval_cvbench.main(["--regrade", str(a), *flags])
         assert [r["correct"] for r in jsonl(a)] == right and "total" in capsys.readouterr().out
     eval_cvbench.write_jsonl(b, [r | {"correct": r["id"] > 1} for r in jsonl(a)[1:]])

@@ -385,7 +385,8 @@ def long_completion(args):
         before, start, (rollout, advantages) = held(), gv.now(), written(args)
         way.update(rollout, advantages, rollout.sampling_logps)
         return print(f"{(held(peak=True) - before) * 2**20 / 1e9:.2f} | {gv.now() - start:.1f}")
-    length = args.completion_length if "--completion_length" in sys.argv else 8192
+    is_default = args.completion_length == SIZES[args.full]["completion_length"]
+    length = 8192 if is_default else args.completion_length
     print(f"| one completion of {length} tokens | beyond what is held, GB | s |\n|---|--:|--:|")
     for name, way in ("with checkpointing", "ours"), ("without", "usual"):
         found = part("long", "--prompts", "1", "--num_generations", "1", "--completion_length", str(length),

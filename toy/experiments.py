@@ -82,8 +82,8 @@ def train(name, flags, factor=1, base=TOY / "base", data=TOY):
 
 def answer(name, model, data=TOY, mode="reasoning"):
     """-> the five numbers of a table's row. mode: how to ask."""
-    found, strict = [], "" if mode == "direct" else " --strict"
-    for kind, path, flags in [("sampled", "test.parquet", f"--temperature 1{strict}"),
+    found = []
+    for kind, path, flags in [("sampled", "test.parquet", "--temperature 1 --strict"),
                               ("greedy", "test.parquet", ""), ("greedy", "cvbench", "")]:
         out = FOLDER / f"{name}-{kind}-{path}"
         run(out.name, "eval_cvbench.py", "--model", model, "--data", data / path, "--modes", mode,
@@ -145,10 +145,13 @@ def figure(runs, path):
 
 
 def write_chains(path):
-    """Questions about new scenes with completions of the base corpus's mixed habits -> Parquet, for SFT."""
-    rng, rows = random.Random("chains"), []
+    """Questions about scenes of no test, with completions of the corpus's mixed habits -> Parquet, for SFT."""
+    rng, seen, rows = random.Random(0), set(), []
+    list(make.sat_rows(512, rng, seen))  # the tests, as in make.make
+    for name, kinds, sources in make.CVBENCH_FILES:
+        list(make.cvbench_rows(kinds, name, sources, 96, rng, seen))
     while len(rows) < 2400:
-        scene, question = make.asked_scene(make.SAT_KINDS, rng, set())
+        scene, question = make.asked_scene(make.SAT_KINDS, rng, seen)
         style, = rng.choices(list(make.STYLES), make.STYLES.values())
         rows.append(dict(images=[make.png(make.paint(scene, rng))], question=question.sat,
                          options=question.options, answer=question.answer, question_type=question.kind,
@@ -186,8 +189,7 @@ def table(args, variants):
 
 
 def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("experiment", choices=["seeds", "controls", "paper"])
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. SEEDS - 1")
     parser.add_argument("--out", type=Path, default=TOY / "results", help="folder of tables and figure")
@@ -195,9 +197,8 @@ def main():
     args.out.mkdir(parents=True, exist_ok=True)
     variants = dict(controls=CONTROLS, paper=PAPER)
     lines = seeds(args) if args.experiment == "seeds" else table(args, variants[args.experiment])
-    text = "\n".join(lines) + "\n"
-    (args.out / f"{args.experiment}.md").write_text(text)
-    print(text)
+    (args.out / f"{args.experiment}.md").write_text("\n".join(lines) + "\n")
+    print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -231,8 +231,8 @@ def cvbench_rows(kinds, file, sources, per_task, rng, seen):
 
 # How the corpus answers. All abilities are here: GRPO can only find out which of these habits pays.
 STYLES = {
-    "reason": 0.23,   # look at what matters, conclude:  ball northwest far, box east near, so left
-    "wait": 0.03,     # blurt out an option, then reason: right, wait, ball northwest far, ...
+    "reason": 0.23,   # look at what matters, conclude:  ball northwest left, box east right, so left
+    "wait": 0.03,     # blurt out an option, then reason: right, wait, ball northwest left, ...
     "guess": 0.47,    # any option:                       i guess
     "give up": 0.10,  # well formed, and always wrong:    hard to say
     "bare": 0.10,     # any option, without tags
@@ -464,8 +464,7 @@ def make(out=HERE, seed=0):
 
 
 def main():
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=HERE, help="folder to write; a new one, or toy/ itself")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and of the base model")
     args = parser.parse_args()
