@@ -209,8 +209,7 @@ ONE, TWO = encoded(picture(84, 56)), encoded(picture(56, 112, seed=1))
 NO_JPEG, HALF_A_JPEG = b"no JPEG at all", ONE[:len(ONE) // 2]
 SAT_ROWS = [dict(zip(SAT_COLUMNS, row)) for row in [
     ([ONE], "How many chairs?", ["3", "1", "2", "4", "5"], "other", "3"),
-    ([ONE, TWO], "Did it move?", ["no, it would stay the same", "left by 26 degrees"], "goal_aim",
-     "no, it would stay the same"),
+    ([ONE, TWO], "Did it move?", ["no, it would not", "left by 26 degrees"], "goal_aim", "no, it would not"),
     ([HALF_A_JPEG], "Is it whole?", ["yes", "no"], "other", "no"),
     ([NO_JPEG], "Is it a JPEG?", ["yes", "no"], "other", "no"),
     ([TWO], "Where is the lamp?", ["left", "right"], "other", "above"),
@@ -799,8 +798,7 @@ def test_settings_and_their_precedence(world, sat):
     cfg = g.parse_config([*own, "--max_steps=7", "--preset=sat", "--rewards", "accuracy, format"])
     assert (cfg.max_steps, cfg.rewards, cfg.learning_rate) == (7, "accuracy,format", 1e-6)
     source = "".join(Path(module.__file__).read_text() for module in (g, eval_cvbench))
-    for setting in g.fields(g.Config):
-        assert re.search(rf"\bcfg\.{setting.name}\b", source) and setting.metadata["help"]
+    assert all(re.search(rf"\bcfg\.{setting.name}\b", source) for setting in g.fields(g.Config))
 
 
 def test_bad_settings_stop_with_one_sentence(tmp_path, monkeypatch):
@@ -1072,9 +1070,6 @@ def test_a_run_leaves_its_files_and_logs_every_metric_and_completion(trained, sa
     assert [m["step"] for m in jsonl(trained / "eval.jsonl")] == [0, 2, 3] and len(samples) == 3 * 8
     assert [m["learning_rate"] for m in metrics] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])  # linear, to 0
     for step, m in enumerate(metrics, 1):
-        assert set("""step loss reward reward_std rewards/accuracy rewards/format completions/mean_length
-            completions/clipped_ratio frac_reward_zero_std kl entropy clip_ratio grad_norm learning_rate
-            sampler_mismatch seconds/rollout seconds/reference seconds/update""".split()) <= m.keys()
         assert all(math.isfinite(value) for value in m.values())
         assert m["sampler_mismatch"] < 1e-4 and m["clip_ratio"] == 0 and m["grad_norm"] > 0
         rewards = torch.tensor([s["reward"] for s in samples if s["step"] == m["step"] == step])
@@ -1173,9 +1168,7 @@ def test_two_stages_are_one_run_and_resuming_is_bit_equal(train, tmp_path, capsy
     samples = jsonl(whole / "completions.jsonl")
     lengths = [[s["length"] for s in samples if s["step"] == step] for step in (1, 2, 3, 4)]
     assert [(len(some), max(some) > 3) for some in lengths] == [(4, False)] * 2 + [(8, True)] * 2
-    shutil.copytree(whole, again)
-    for name in "checkpoint-4", "final":
-        shutil.rmtree(again / name)
+    shutil.copytree(whole, again, ignore=shutil.ignore_patterns("checkpoint-4", "final"))
     (again / "checkpoint-9.tmp").mkdir()  # what a run leaves that is killed while it saves
     (again / "metrics.jsonl").open("a").write('{"step": 99, "half a li')
     g.main([*go_on, str(again)])
@@ -1194,32 +1187,35 @@ def test_a_run_goes_on_only_as_it_began(train, sat, world, tmp_path, monkeypatch
     monkeypatch.chdir("data")  # paths in config.json are absolute
     run = tmp_path / "run"
     go_on = lambda steps, folder=run: g.main(["--resume", "--output_dir", str(folder), "--max_steps", steps])
+
+    def refused(*words, folder=run):
+        with stops(*words):
+            go_on("9", folder)
+
     rows = pq.read_table(sat / "train.parquet")
     for table in rows.slice(1), pa.concat_tables([rows.slice(1), rows.slice(0, 1)]):  # fewer; others, as many
         pq.write_table(table, "train.parquet")
-        with stops("another data"):
-            go_on("3")
+        refused("another data")
     shutil.copy(sat / "train.parquet", "train.parquet")
     go_on("3")
     config = json.loads((run / "config.json").read_text())
     write = lambda **more: (run / "config.json").write_text(json.dumps(config | more))
     write(stages="100x20x3")  # settings of an earlier version
-    with stops("stages", "100x20x3"):
-        go_on("4")
+    refused("stages", "100x20x3")
     write(stages=None, overwrite=True, weight_decay=0.0, min_pixels=3136)
     go_on("4")
     assert capsys.readouterr().out.count("is no longer a setting") == 4
     (run / "checkpoint-3/config.json").write_text(json.dumps(config)[:99])
     # without one, with a model's, with half of one
     for folder in tmp_path / "data", run / "checkpoint-2", run / "checkpoint-3":
-        with stops("--resume", "config.json"):
-            go_on("9", folder)
+        refused("--resume", "config.json", folder=folder)
     edit_weights(tmp_path / "model", lambda weights: weights["model.norm.weight"].mul_(2))
-    with stops("another model"):
-        go_on("9")
+    refused("another model")
     shutil.rmtree(run / "checkpoint-4/state")
-    with stops("checkpoint-4", "state/"):
-        go_on("9")
+    refused("checkpoint-4", "state/")
+    for checkpoint in g.checkpoints(run):
+        shutil.rmtree(checkpoint)
+    refused(run, "state/")  # it does not begin anew, over its own logs
 
 
 def test_a_folder_belongs_to_one_run(train, tmp_path, monkeypatch):
@@ -1277,9 +1273,10 @@ def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(room, tr
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]  # and no .tmp
-    (run / ".lock").unlink()  # this process still lives, and holds it
     train(run, "--resume")
-    assert [m["step"] for m in jsonl(run / "metrics.jsonl")] == [1, 2, 3] and (run / "checkpoint-3").exists()
+    shutil.rmtree(run / "final")  # as if the disk had been full for it alone
+    train(run, "--resume")
+    assert [m["step"] for m in jsonl(run / "metrics.jsonl")] == [1, 2, 3] and (run / "final").exists()
 
 
 def test_what_cannot_be_drawn_does_not_stop_training(train, tmp_path, monkeypatch, capsys):
@@ -1482,9 +1479,9 @@ def test_scores_by_hand():
          "3D": 20, "official": 100 * ((1 / 2 + 3 / 4) / 2 + 1 / 5) / 2})
     assert [scores[name].chance for name in ("Count", "Depth", "2D", "official")] == [25, 50, 25, 37.5]
     assert scores["total"].chance == pytest.approx(100 * (6 / 4 + 5 / 2) / 11)
-    assert eval_cvbench.rates_of(records) == pytest.approx(
-        {"unparsed": 600 / 11, "truncated": 400 / 11, "letter only": 100, "one answer block": half,
-         "reflection word": half, "mean length": 10 + 5 / 11})
+    assert eval_cvbench.rates_of(records) == pytest.approx({
+        "unparsed": 600 / 11, "truncated": 400 / 11, "letter only": 100, "one answer block": half,
+        "reflection word": half, "mean length": 10 + 5 / 11})
     for right, low, high in (8, 49.02, 94.33), (0, 0, 27.75):  # Wilson's intervals of 8 and of 0 in 10
         score = eval_cvbench.score_of([(1, [{"correct": i < right, "options": "ab"} for i in range(10)])])
         assert (score.low, score.high) == pytest.approx((low, high), abs=0.01)
@@ -1557,20 +1554,18 @@ def test_regrading_and_comparing_take_files(evaluated, tmp_path, monkeypatch, ca
     monkeypatch.setattr(eval_cvbench, "load_model", None)  # none is needed
     a, b, c = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
     said = ["The answer is (B)", "<answer>4</answer>", "4", "<answer>2</answer> <answer>4</answer>", ""]
-    for mode, flags, right in [("base-direct", ["--strict"], [0, 0, 1, 0, 0]),
-                               ("base-reasoning", [], [1, 1, 1, 1, 0]),
-                               ("base-reasoning", ["--strict"], [0, 1, 0, 0, 0])]:
+    for mode, strict, right in (("base-direct", 1, [0, 0, 1, 0, 0]), ("base-reasoning", 0, [1, 1, 1, 1, 0]),
+                                ("base-reasoning", 1, [0, 1, 0, 0, 0])):
         records = jsonl(evaluated[mode] / "answers.jsonl")
         eval_cvbench.write_jsonl(a, [r | {"completion": text, "correct": None, "chosen": "?"}
                                      for r, text in zip(records, said, strict=True)])
-        eval_cvbench.main(["--regrade", str(a), *flags])
+        eval_cvbench.main(["--regrade", str(a), *["--strict"] * strict])
         assert [r["correct"] for r in jsonl(a)] == right and "total" in capsys.readouterr().out
     eval_cvbench.write_jsonl(b, [r | {"correct": r["id"] > 1} for r in jsonl(a)[1:]])
     eval_cvbench.write_jsonl(c, [r | {"question": "?"} for r in jsonl(b)])
     eval_cvbench.main(["--compare", str(a), str(b)])
     printed = capsys.readouterr().out
-    assert re.search(r"    total +A +25.0 +B +75.0 +B - A \+50.0 .*p = 0.62", printed)
-    assert "4 questions; 1" in printed
+    assert re.search(r"4 questions; 1 .*    total +A +25.0 +B +75.0 +B - A \+50.0 +p = 0.62", printed, re.DOTALL)
     all_stop(eval_cvbench.main, {f"--compare {a} {c}": "same questions", f"--regrade {b}.gz": "no answers",
                                  f"--compare {a} {b}.gz": "b.jsonl.gz"})
 
@@ -1678,18 +1673,22 @@ def test_the_toy_learns_from_its_rewards(zeroed, tmp_path, monkeypatch):
     assert abs(gain) < 0.1 if zeroed else gain > 0.2
 
 
-def test_every_flag_metric_and_file_in_the_readmes_exists(capsys):
+def test_every_flag_metric_and_file_in_the_readmes_exists(capsys, trained):
     readmes = "".join((g.HERE / folder / "README.md").read_text() for folder in ("", "toy", "bench"))
-    known = set("""--num_processes --num_machines --machine_rank --main_process_ip --main_process_port
-        --nproc_per_node --host --port --standalone""".split())  # accelerate's, torchrun's, the servers'
-    for program in g.parse_config, eval_cvbench.main, prepare_sat.main:
+    flags = {"test_grpo": set()}
+    for module in g, eval_cvbench, prepare_sat:
         with pytest.raises(SystemExit):
-            program(["--help"])
-    known |= set(re.findall(r"--\w+", capsys.readouterr().out))
+            module.main(["--help"])
+        flags[module.__name__] = set(re.findall(r"--\w+", capsys.readouterr().out))
     for script in [*g.HERE.glob("bench/*.py"), *g.HERE.glob("toy/*.py")]:
-        known |= set(re.findall(r"\W(--\w+)\b", script.read_text()))
-    named = set(re.findall(r"(?<![\w-])--[a-z]\w+", readmes))
-    assert not named - known and len(named) > 40
-    for script in re.findall(r"\b(?:bench/|toy/)?\w+\.py\b", readmes):
-        exists = [(g.HERE / folder / script).exists() for folder in ("", "bench", "toy")]
-        assert any(exists) or script == "my_run.py"
+        flags[script.stem] = set(re.findall(r"\W(--\w+)\b", script.read_text()))
+    flags["plan"] |= flags["grpo_vision"]
+    commands = re.findall(r"(\w+)\.py\b([^`#|]*?)(?=[`#|\n])", readmes.replace("\\\n", ""))
+    assert len(commands) > 40
+    for script, rest in commands:
+        assert set(re.findall(r"--[a-z]\w+", rest)) <= flags[script.replace("my_run", "grpo_vision")], rest
+    launchers = "--num_processes --num_machines --machine_rank --main_process_ip --main_process_port".split()
+    assert set(re.findall(r"(?<![\w-])--[a-z]\w+", readmes)) <= set().union(launchers, *flags.values())
+    healthy = re.findall(r"^\| (`.*?) \|", readmes.split("## Is it healthy?")[1].split("\n## ")[0], re.MULTILINE)
+    logged = jsonl(trained / "metrics.jsonl", drop="rewards/")[0].keys() - {"step"}
+    assert set(re.findall(r"`([a-z_/]+)`", " ".join(healthy))) == logged
