@@ -21,13 +21,13 @@ One training step. `train_step` puts it together, and the sections below follow 
      pi_old is the policy when it first scored these completions. The Kullback-Leibler term kl keeps the
      policy close to the reference.
 
-One idea makes it fast. A group shares one image and one prompt. They run through the model once per pass, and
-the G completions branch off the keys and values that they leave. It is exact: `encode`, `score`, `update`.
+One idea makes it fast. A group shares one image and one prompt. They run through the model once, and the G
+completions branch off the keys and values that they leave. It is exact: `encode`, `score`, `update`.
 
-Symbols: n prompts of a pass, P prompt tokens, C completion tokens, K rows of a chunk, H hidden size, V
-vocabulary size. Tensor lines end in their shape: # (N, C). `cfg` holds the settings (`Config`). `run` holds
-what `setup` makes of them: the policy, which is trained; the sampler, its copy that samples; the reference;
-optimizer, tokenizer, data. policy(encode, x) is encode(model, x), by way of what shards or casts (`Policy`).
+Symbols: n prompts that run together (a pass), P prompt tokens, C completion tokens, K rows of a chunk, H
+hidden size, V vocabulary size. Tensor lines end in their shape: # (N, C). `cfg` holds the settings
+(`Config`). `run` holds what `setup` makes of them: the policy, which is trained; the sampler, a copy of it;
+the reference; optimizer, tokenizer, data. policy(encode, x) is encode(model, x), run by `Policy`.
 
     python grpo_vision.py                                             # the toy: a laptop, offline, 2 minutes
     python grpo_vision.py --preset sat                                # Qwen2-VL-2B on SAT, on one GPU
@@ -165,7 +165,8 @@ def encode(model, prompts):
     """A pass (`build_prompts`) -> what it leaves in each layer, [keys of layer 0, values of layer 0, ...],
     each (n, kv_heads, P - 1, head_dim). The last prompt token is left out. It becomes the first input of each
     completion, and its output predicts the first completion token. Of the others only keys and values count.
-    Padding needs no mask here: attention is causal, so nothing that counts sees what is on its right."""
+    Images go through the image tower, whose output takes the places of the image tokens. Padding needs no
+    mask here: attention is causal, so nothing that counts sees what is on its right."""
     layers = [PromptLayer() for _ in range(model.config.text_config.num_hidden_layers)]
     model.model(input_ids=prompts.input_ids[:, :-1], position_ids=prompts.position_ids[:, :, :-1],
                 pixel_values=prompts.pixel_values, image_grid_thw=prompts.image_grid_thw,
@@ -295,7 +296,7 @@ def grade(answer, solution, options, choose=choose):
 
 
 def accuracy_reward(completion, answer, options, template="base", **_):
-    """1 if the one answer block chooses the right option, else 0. A copied template ("...") chooses none.
+    """1 if the one answer block chooses the right option, else 0. A block that says "..." chooses none.
     Under a direct template the whole completion is the answer."""
     said = completion if template.endswith("-direct") else extract_answer(completion)
     return float(grade(said, answer, options))
@@ -358,10 +359,10 @@ def chosen_logps(model, hidden, tokens, temperature):
 
 def score(model, prompts, prompt_kv, group, completion_ids, completion_mask, cfg):
     """Log-probabilities and entropy of K completions, each (K, C), 0 where masked.
-    prompt_kv: from `encode`. group: (K,), which of the n prompts a row belongs to. Each row sees the keys and
-    values of its prompt (`PromptLayer` joins them to its own) and its own past (transformers adds that to the
-    mask). Its inputs begin with the last prompt token, one position before next_position: an image of h x w
-    tokens takes max(h, w) positions. What pads a row on the right comes after all that counts."""
+    prompt_kv: from `encode`. group: (K,), which of the n prompts a row belongs to. A row sees the keys and
+    values of its prompt, to which `PromptLayer` joins its own. transformers adds to the mask that no token
+    sees what comes after it, so what pads a row on the right does no harm. The inputs begin with the last
+    prompt token, whose position is one before next_position."""
     (K, C), P, device = completion_ids.shape, prompts.input_ids.shape[1], completion_ids.device
     last = prompts.lengths[group][:, None] - 1                                                    # (K, 1)
     inputs = torch.cat([prompts.input_ids[group].gather(1, last), completion_ids[:, :-1]], 1)     # (K, C)
@@ -432,7 +433,7 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))   # (K, C)
     per_token_loss = -torch.min(ratio * A, clipped * A)                                           # (K, C)
     # kl = pi_ref / pi - log(pi_ref / pi) - 1. For tokens drawn from pi this is an unbiased estimate of
-    # KL(pi || pi_ref), and never negative, because exp(x) - x - 1 is not
+    # KL(pi || pi_ref). It is never negative: exp(x) >= x + 1
     kl = torch.zeros_like(ratio)
     if beta > 0:
         log_ref_over_pi = ref_per_token_logps - per_token_logps                                   # (K, C)
@@ -455,8 +456,7 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
     one chunk. Both have a budget, so it grows neither with B nor with G.
 
     advantages, token_weights: (N,). ref_logps, old_logps: (N, C). old_logps is None where pi_old is pi. (The
-    sampler's are not taken: on a GPU it computes in bf16, and its rounding would look like a ratio.) Returns
-    the log-probabilities (N, C), and sums to log."""
+    sampler's rounding would look like a ratio.) Returns log-probabilities (N, C), and sums to log."""
     logps = torch.zeros_like(rollout.sampling_logps)                                              # (N, C)
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip_ratio"), 0.0)
     for prompts in passes:
@@ -470,15 +470,15 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
             pi, entropy = policy(score, prompts, leaf_kv, group, ids, mask, cfg)                  # (K, C)
             pi_old = pi.detach() if old_logps is None else old_logps[rows, :C]                    # (K, C)
             pi_ref = ref_logps[rows, :C] if cfg.beta > 0 else None                                # (K, C)
-            loss, kl, clipped = grpo_loss(pi, pi_old, pi_ref, advantages[rows], token_weights[rows], mask,
-                                          cfg.epsilon, cfg.epsilon_high, cfg.beta)
+            loss, kl, is_clipped = grpo_loss(pi, pi_old, pi_ref, advantages[rows], token_weights[rows], mask,
+                                             cfg.epsilon, cfg.epsilon_high, cfg.beta)
             loss.backward()                                                                       # stage 1
             logps[rows, :C] += pi.detach()
-            found = dict(loss=loss, entropy=entropy, kl=kl * mask, clip_ratio=clipped * mask)
+            found = dict(loss=loss, entropy=entropy, kl=kl * mask, clip_ratio=is_clipped * mask)
             sums = {name: sums[name] + found[name].sum().item() for name in sums}
-        ends = [(x, leaf.grad.to(x.dtype)) for x, leaf in zip(prompt_kv, leaves) if x.requires_grad]
-        if ends:  # none without an image, if only the image tower is trained
-            torch.autograd.backward(*zip(*ends))                                                  # stage 2
+        if prompt_kv[0].requires_grad:  # with --freeze llm, prompts without an image have nothing to train
+            gradients = [leaf.grad.to(x.dtype) for x, leaf in zip(prompt_kv, leaves)]
+            torch.autograd.backward(prompt_kv, gradients)                                         # stage 2
     return logps, sums
 
 
