@@ -783,7 +783,7 @@ def build_models(cfg, start, device, tokenizer, sharded):
     for tower in towers.get(cfg.freeze, []):
         tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
     load = lambda *path: load_model(*path, dtype=torch.bfloat16 if on_gpu else torch.float32).to(device)
-    sampler = load(start, tokenizer) if sharded or on_gpu or cfg.algorithm == "sft" else model  # sdpa: masks
+    sampler = load(start, tokenizer) if sharded or on_gpu or cfg.algorithm == "sft" else model  # by sdpa
     reference = Policy(load(cfg.model_name_or_path, tokenizer, cfg.attn_implementation)) if cfg.beta else None
     if cfg.algorithm == "sft":
         model.suppressed.zero_()  # plain cross-entropy, over all the vocabulary
