@@ -690,7 +690,7 @@ def load_processors(path, max_pixels=None):
     try:
         return AutoTokenizer.from_pretrained(path), Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
     except (OSError, ValueError) as error:
-        fail(f"no tokenizer and image processor in {path}: {str(error).strip().splitlines()[0]}")
+        fail(f"{path} lacks config.json, tokenizer or image processor: {str(error).strip().splitlines()[0]}")
 
 
 def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32):
