@@ -259,22 +259,22 @@ def read_jsonl(path):
     return records
 
 
-def append_jsonl(path, records):
+def write_text(path, text, mode="w"):  # "w": all of it or nothing; "a": at the end of what is there
+    target = path if mode == "a" else path.with_name(path.name + ".tmp")
     try:
-        with open(path, "a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+        with open(target, mode) as file:
+            file.write(text)
+        target.replace(path)
     except OSError as error:
         fail(f"{path} cannot be written ({error}). Make room, then the same command; training: --resume.")
 
 
-def write_whole(path, text):
-    partial = path.with_name(path.name + ".tmp")
-    partial.write_text(text)
-    partial.replace(path)
+def append_jsonl(path, records):
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records), "a")
 
 
 def write_jsonl(path, records):
-    write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
+    write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
 def digest(value, *blobs):
@@ -418,7 +418,7 @@ pre, td.text {{ white-space: pre-wrap; font-family: ui-monospace, monospace; fon
 
 def write_page(path, title, body):
     """HTML fragments, whose text is escaped -> a page that needs no other file."""
-    write_whole(path, PAGE.format(title=html.escape(title), body="\n".join(body)))
+    write_text(path, PAGE.format(title=html.escape(title), body="\n".join(body)))
 
 
 def html_table(rows):
@@ -477,8 +477,8 @@ def write_report(folder, title, records, questions, data_path, most=25):
     """Records -> FOLDER/summary.json, summary.md and report.html. The page shows at most `most` wrong answers
     of each task, drawn with a seed, or it would not open. All text is escaped."""
     scores = {name: score._asdict() for name, score in scores_of(records).items()}
-    write_whole(folder / "summary.json", json.dumps({"scores": scores, "rates": rates_of(records)}, indent=1))
-    write_whole(folder / "summary.md", "\n".join([f"# {title}\n", *map(markdown_table, tables_of(records))]))
+    write_text(folder / "summary.json", json.dumps({"scores": scores, "rates": rates_of(records)}, indent=1))
+    write_text(folder / "summary.md", "\n".join([f"# {title}\n", *map(markdown_table, tables_of(records))]))
     body = [*map(html_table, tables_of(records)), legend_html(data_path)]
     asked, wrong = {q["id"]: q for q in questions}, defaultdict(list)
     for r in records:
@@ -507,8 +507,8 @@ def open_logs(run, done):
         for name, begun in json.loads((folder / "fingerprints.json").read_text()).items():
             if begun != prints[name]:
                 fail(f"--resume: {folder} began with another {name}. Give the old one, or start a new run.")
-    write_whole(folder / "config.json", json.dumps(asdict(cfg), indent=2))
-    write_whole(folder / "fingerprints.json", json.dumps(prints))
+    write_text(folder / "config.json", json.dumps(asdict(cfg), indent=2))
+    write_text(folder / "fingerprints.json", json.dumps(prints))
     for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):  # done 0: step 0 is evaluated anew
         write_jsonl(folder / name, [r for r in read_jsonl(folder / name) if r["step"] <= (done or -1)])
 
