@@ -815,8 +815,7 @@ def test_bad_settings_stop_with_one_sentence(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="2"):
             g.parse_config(flags.split())
     monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(num_processes=3))
-    with stops("--prompts_per_step 8", "3 processes"):
-        g.make_accelerator(g.Config())
+    all_stop(lambda _: g.make_accelerator(g.Config()), {"": "--prompts_per_step processes"})
 
 
 # ---- Preparation -----------------------------------------------------------------------------------------
@@ -825,7 +824,7 @@ def prepared(folder, capsys, *flags):
     """Run prepare_sat.py -> the rows it wrote, with decoded images, and its counts {verdict: rows}."""
     prepare_sat.main([*map(str, flags), "--out", str(folder)])
     printed = re.findall(r"^ *(\d+) ([^(\n]+?)(?: \(.*)?$", capsys.readouterr().out, re.MULTILINE)
-    rows = datasets.Dataset.from_parquet(str(folder / "train.parquet"))
+    rows = datasets.Dataset.from_parquet(str(folder.expanduser() / "train.parquet"))
     return rows, {verdict.removeprefix("skipped: "): int(n) for n, verdict in printed}
 
 
@@ -983,7 +982,8 @@ def test_images_are_seen_upright_in_8_bits_and_white_where_they_are_transparent(
         assert corners(prepare_sat.upright(deep)) == pytest.approx(corners(grey.convert("RGB")), abs=2)
 
 
-def test_columns_of_your_own_have_names_of_your_own(pictures, tmp_path, capsys):
+def test_columns_of_your_own_have_names_of_your_own(pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))  # "~"
     row = {"img": "a.png", "q": "Which?", "label": "(B)", "choices": ["this", "that"], "chain": CHAIN}
     rows = [row | {"kind": "mine"}, row | {"img": ["sub/b.jpg", "a.png"]}, row | {"chain": None},
             row | {"img": "../secret.png"}, "odd"]
@@ -991,7 +991,7 @@ def test_columns_of_your_own_have_names_of_your_own(pictures, tmp_path, capsys):
     columns = "images=img,question=q, answer=label,question_type=kind,completion=chain"
     for options, answer in ("", "that"), (",options=", "(B)"):
         flags = ["--from", pictures / "own.jsonl", "--multi_image", "--columns", columns + options]
-        found, counts = prepared(tmp_path / f"own{options}", capsys, *flags)
+        found, counts = prepared(Path(f"~/own{options}"), capsys, *flags)
         assert counts == {"kept": 2, "empty completion": 1, "image outside its folder": 1, "odd shape": 1}
         assert found["answer"][:] == [answer] * 2 and found["completion"][:] == [CHAIN] * 2
         assert found["question_type"][:] == ["mine", None]
