@@ -386,7 +386,7 @@ def compare(paths):
     """Two files of answers -> how much better the second is on the questions that both have, printed."""
     a, b = ({r.get("id"): r for r in read_jsonl(path)} for path in paths)
     both = sorted(a.keys() & b.keys())
-    if not both or any(a[i].get("question") != b[i].get("question", "") for i in both):
+    if not both or any(a[i].get("question") != b[i].get("question", "") for i in both):  # or are no answers
         fail(f"--compare: {paths[0]} and {paths[1]} hold no answers to the same questions")
     alone = len(a) + len(b) - 2 * len(both)
     print(f"A: {paths[0]}\nB: {paths[1]}\n{len(both)} questions; {alone} that only one has are left out")

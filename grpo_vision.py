@@ -205,16 +205,16 @@ def sample(model, passes, num_generations, limit, temperature, generator=None):
     completion_ids = torch.full((N, limit), model.eos_ids[0], device=model.device)                # (N, limit)
     sampling_logps = torch.zeros((N, limit), dtype=dtype, device=model.device)                    # (N, limit)
     for t in range(limit):
-        rows = decoder.rows                        # (R,) of the N rows, those that are still being decoded
-        logps = token_logps(model, decoder.step(), temperature or 1.0)                            # (R, V)
+        rows = decoder.rows                              # (L,) of the N rows, those that are still decoded
+        logps = token_logps(model, decoder.step(), temperature or 1.0)                            # (L, V)
         if temperature > 0:
             # the token at which the sum of the probabilities passes u, uniform in [0, 1); in float64, because
             # 150,000 unlikely tokens add up to something, and float32 would round them away
-            cumulative = logps.to(torch.float64, copy=True).exp_().cumsum(-1)                     # (R, V)
+            cumulative = logps.to(torch.float64, copy=True).exp_().cumsum(-1)                     # (L, V)
             u = torch.rand(len(rows), 1, dtype=torch.float64, device=model.device, generator=generator)
-            tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)           # (R, 1)
+            tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)           # (L, 1)
         else:
-            tokens = logps.argmax(-1, keepdim=True)                                               # (R, 1)
+            tokens = logps.argmax(-1, keepdim=True)                                               # (L, 1)
         if t == 0 and not logps.isfinite().all():
             fail("the model's output is not finite: its weights hold nan or inf. Start from another model.")
         completion_ids[rows, t] = tokens[:, 0]
@@ -599,7 +599,7 @@ class Decoder:
         self.running = self.rows >= 0                                                             # (N,)
 
     def step(self):
-        """-> (R, H) hidden states, after which the next token is to be drawn."""
+        """-> (L, H) hidden states, after which the next token is to be drawn."""
         if self.model.device.type != "cuda":
             return self.forward()
         if self.graph is None:
@@ -618,7 +618,7 @@ class Decoder:
         return output.last_hidden_state[:, -1]
 
     def feed(self, tokens, ended):
-        """tokens: (R, 1), which the next step takes in. ended: (R,) bool. -> Is a row left? Those that have
+        """tokens: (L, 1), which the next step takes in. ended: (L,) bool. -> Is a row left? Those that have
         ended leave when they are a tenth; on a GPU, half, as a graph must be recorded anew."""
         self.tokens.copy_(tokens)
         self.positions += 1
@@ -676,8 +676,7 @@ def hard_reward(completion, options, **row):
     return format_reward(completion) * right(completion, options=options, **row)
 
 
-# name -> function(completion, num_tokens, template, **columns of the data row) -> float. length: the paper's
-# attempt to buy longer reasoning, which failed
+# name -> function(completion, num_tokens, template, **columns of the data row) -> float
 REWARDS = {"accuracy": accuracy_reward, "format": format_reward, "hard": hard_reward, "math": math_reward,
            "length": lambda completion, num_tokens, **_: 0.001 * num_tokens}
 
@@ -742,8 +741,7 @@ def fast_vision(model):
 
 
 def set_threads(model):
-    """A second thread only waits for a model as small as the toy's. The launcher sets OMP_NUM_THREADS=1 and
-    python does not; set here, both give the same speed and the same bits."""
+    """A second thread only waits for a model like the toy's. Set here, every launcher gives the same bits."""
     cores = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     torch.set_num_threads(max(1, cores) if model.num_parameters() > 1e7 else 1)
 
@@ -775,7 +773,7 @@ def checkpoint_layers(model):
 
 def build_models(cfg, start, device, tokenizer, sharded):
     """Folder or hub id `start` -> policy, sampler, reference (or None). The policy's weights are float32. The
-    others are plain copies, in bf16 on a GPU. GRPO alone on a CPU samples from the policy itself."""
+    others are plain copies, in bf16 on a GPU. The sampler attends by sdpa, which takes the decoder's mask."""
     on_gpu = device.type == "cuda"
     model = load_model(start, tokenizer, cfg.attn_implementation).to("cpu" if cfg.cpu_offload else device)
     set_threads(model)
@@ -783,7 +781,7 @@ def build_models(cfg, start, device, tokenizer, sharded):
     for tower in towers.get(cfg.freeze, []):
         tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
     load = lambda *path: load_model(*path, dtype=torch.bfloat16 if on_gpu else torch.float32).to(device)
-    sampler = load(start, tokenizer) if sharded or on_gpu or cfg.algorithm == "sft" else model  # by sdpa
+    sampler = load(start, tokenizer) if sharded or on_gpu or cfg.algorithm == "sft" else model
     reference = Policy(load(cfg.model_name_or_path, tokenizer, cfg.attn_implementation)) if cfg.beta else None
     if cfg.algorithm == "sft":
         model.suppressed.zero_()  # plain cross-entropy, over all the vocabulary
@@ -874,8 +872,7 @@ def checkpoints(output_dir):
 
 
 def save(folder, run, with_state=False):
-    """Write a model directory, and in state/ what resuming needs. The folder gets its name when it is
-    complete."""
+    """Write a model directory, and in state/ what resuming needs. It gets its name when it is complete."""
     is_main, model = run.accelerator.is_main_process, run.policy.model
     temporary = folder.with_name(folder.name + ".tmp")
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -1095,7 +1092,7 @@ def setup(cfg):
     run.data.keep_fitting(run.template, run.tokenizer, run.image_processor, cfg.max_prompt_length, count > 1)
     run.eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
     run.policy, run.sampler, run.reference = build_models(cfg, start, run.accelerator.device, run.tokenizer,
-                                                             sharded)
+                                                          sharded)
     trained = [weight for weight in run.policy.parameters() if weight.requires_grad]
     run.optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=0.0, fused=True)
     if sharded:
@@ -1124,9 +1121,12 @@ def main(argv=None):
     run, done = setup(cfg)
     if cfg.eval_steps and not done:
         run.evaluation.evaluate_policy(run, 0)
-    stop_asked = []  # Ctrl-C and SIGTERM let the step end and save; a second one ends the program
+    stop_asked = []
+    def ask_to_stop(number, _):  # Ctrl-C and SIGTERM let the step end and save; a second one ends the program
+        stop_asked.append(number)
+        signal.signal(number, signal.SIG_DFL)
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: (stop_asked.append(1), signal.signal(number, signal.SIG_DFL)))
+        signal.signal(number, ask_to_stop)
     for step in tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
                      disable=not run.accelerator.is_main_process):
         came = train_step(run, cfg, step)

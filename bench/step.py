@@ -250,7 +250,8 @@ def time_both(args):
         mine, rollout, *our_logps, our_norm = timed_step(ours, optimizer, advantages)
         theirs, _, *their_logps, their_norm = timed_step(usual, optimizer, advantages, rollout)
         if repeat >= 0:  # the first step touches memory, and AdamW's, for the first time
-            seconds[ours].append(mine), seconds[usual].append(theirs)
+            seconds[ours].append(mine)
+            seconds[usual].append(theirs)
         differences += [(a - b).abs().max().item() for a, b in zip(our_logps, their_logps)]
         norms.append(abs(our_norm / their_norm - 1))
     logps_bar, norm_bar = (0.1, 0.05) if args.full else (1e-4, 1e-3)  # bf16 keeps 3 digits
