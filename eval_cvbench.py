@@ -541,7 +541,8 @@ def summarise(run, step, came):
            zip(("rollout", "reference", "update"), came.clock, came.clock[1:])}}
     if run.cfg.algorithm == "sft":
         return metrics | {"nll": per_token("nll")}, samples
-    return metrics | {"sampler_mismatch": max(part["mismatch"] for part in sums)}, samples
+    return metrics | {"sampler_mismatch": per_token("mismatch"),
+                      "sampler_mismatch_max": max(part["mismatch_max"] for part in sums)}, samples
 
 
 def log_step(run, step, came):

@@ -44,7 +44,7 @@ import signal
 import sys
 import time
 import warnings
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from datetime import timedelta
 from functools import partial
@@ -60,8 +60,8 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from filelock import FileLock
 from safetensors import SafetensorError
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict,
-                                                     get_optimizer_state_dict, set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
+                                                     set_optimizer_state_dict)
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -198,7 +198,9 @@ class Rollout:
 
 @torch.no_grad()
 def sample(model, passes, num_generations, limit, temperature, generator=None):
-    """Draw G completions of at most `limit` tokens for each prompt -> Rollout. temperature 0: no chance."""
+    """Draw G completions of at most `limit` tokens for each prompt -> Rollout. temperature 0: greedy."""
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("sdpa")  # which takes the decoder's mask
     decoder = Decoder(model, passes, num_generations, limit)
     ends = torch.tensor(model.eos_ids, device=model.device)
     N, dtype = len(decoder.rows), torch.promote_types(model.dtype, torch.float32)
@@ -221,6 +223,7 @@ def sample(model, passes, num_generations, limit, temperature, generator=None):
         sampling_logps[rows, t] = logps.gather(-1, tokens)[:, 0]
         if not decoder.feed(tokens, torch.isin(tokens[:, 0], ends)):
             break
+    model.set_attn_implementation(attention)
     # what a row says after its end token, until it leaves the decoder, does not count
     is_end = torch.isin(completion_ids, ends).int()                                               # (N, limit)
     completion_mask = is_end.cumsum(1) - is_end == 0                                              # (N, limit)
@@ -432,8 +435,8 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     # -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A)
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))   # (K, C)
     per_token_loss = -torch.min(ratio * A, clipped * A)                                           # (K, C)
-    # kl = pi_ref / pi - log(pi_ref / pi) - 1. For tokens drawn from pi this is an unbiased estimate of
-    # KL(pi || pi_ref). It is never negative: exp(x) >= x + 1
+    # kl = pi_ref / pi - log(pi_ref / pi) - 1 ("k3"). Over tokens drawn from pi its mean is KL(pi || pi_ref),
+    # and it is never negative, as exp(x) >= x + 1. The mean of its gradient is that of KL(pi_ref || pi)
     kl = torch.zeros_like(ratio)
     if beta > 0:
         log_ref_over_pi = ref_per_token_logps - per_token_logps                                   # (K, C)
@@ -497,16 +500,12 @@ def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
         logps, sums = update(run.policy, passes, rollout, advantages, token_weights, ref_logps, old_logps,
                              cfg)                                                                 # (N, C)
         old_logps = logps if old_logps is None else old_logps                                     # (N, C)
-        norm = accelerator.clip_grad_norm_(run.policy.parameters(), cfg.max_grad_norm or math.inf)
-        sums["grad_norm"] = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        sums["grad_norm"] = step_optimizer(run, cfg)
         if not math.isfinite(sums["grad_norm"]):
             break
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-    refresh(run.sampler, run.policy)
     sums["nll"] = -old_logps.sum().item()  # before the update
-    sums["mismatch"] = ((old_logps - rollout.sampling_logps) * rollout.completion_mask).abs().max().item()
-    return sums
+    mismatch = ((old_logps - rollout.sampling_logps) * rollout.completion_mask).abs()             # (N, C)
+    return sums | dict(mismatch=mismatch.sum().item(), mismatch_max=mismatch.max().item())
 
 
 # ==== The algorithm ends here. What follows is the machine that it runs on ================================
@@ -695,7 +694,7 @@ def load_processors(path, max_pixels=None):
 def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32):
     """Folder or hub id -> a Qwen-VL, with two attributes more. suppressed, (V,) bool: vision tokens, which
     are no text, and vocabulary rows without a token. eos_ids: what ends a completion, the tokenizer's own
-    first. dtype float32: in bf16 an update of 1e-6 is rounded away."""
+    first."""
     try:
         kind = AutoConfig.from_pretrained(path).model_type
         if kind not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
@@ -755,44 +754,73 @@ def choose_prompt(tokenizer, prompt="auto"):
 
 
 class Policy(nn.Module):
-    """A model behind one door, `forward`: only there FSDP's hooks run. autocast: compute in bf16."""
-    def __init__(self, model, autocast=False):
+    """Calls the model only through `forward`, where FSDP's hooks run."""
+    def __init__(self, model):
         super().__init__()
-        self.model, self.autocast = model, autocast
+        self.model = model
 
     def forward(self, function, *arguments):
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast):
-            return function(self.model, *arguments)
+        return function(self.model, *arguments)
 
 
 def checkpoint_layers(model):
-    """Compute each layer again in the backward. transformers' own switch would turn the cache off."""
+    """Recompute each layer in the backward. transformers' own switch would disable the cache."""
+    def forward(layer_forward, *args, **kwargs):
+        if torch.is_grad_enabled():
+            return checkpoint(layer_forward, *args, **kwargs, use_reentrant=False, preserve_rng_state=False)
+        return layer_forward(*args, **kwargs)
+
     for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
-        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+        layer.forward = partial(forward, layer.forward)
 
 
-def build_models(cfg, start, device, tokenizer, sharded):
-    """Folder or hub id `start` -> policy, sampler, reference (or None). The policy's weights are float32. The
-    others are plain copies, in bf16 on a GPU. The sampler attends by sdpa, which takes the decoder's mask."""
-    on_gpu = device.type == "cuda"
-    model = load_model(start, tokenizer, cfg.attn_implementation).to("cpu" if cfg.cpu_offload else device)
-    set_threads(model)
+def freeze(model, part):
+    """part: "vision", "llm" or "none"."""
     towers = dict(vision=[model.model.visual], llm=[model.model.language_model, model.lm_head])
-    for tower in towers.get(cfg.freeze, []):
+    for tower in towers.get(part, []):
         tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
-    load = lambda *path: load_model(*path, dtype=torch.bfloat16 if on_gpu else torch.float32).to(device)
-    sampler = load(start, tokenizer) if sharded or on_gpu or cfg.algorithm == "sft" else model
-    reference = Policy(load(cfg.model_name_or_path, tokenizer, cfg.attn_implementation)) if cfg.beta else None
-    if cfg.algorithm == "sft":
-        model.suppressed.zero_()  # plain cross-entropy, over all the vocabulary
+
+
+def compute_dtype(device):
+    """What models compute in: float32 on a CPU; on a GPU bfloat16, which has float32's range."""
+    if device.type == "cpu":
+        return torch.float32
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        fail("this GPU cannot compute in bfloat16. Take an Ampere or newer one, or a CPU (ACCELERATE_USE_CPU=1).")
+    return torch.bfloat16
+
+
+def build_models(run, cfg, start):
+    """Load a folder or hub id `start` into the models of `run`:
+
+    master     the float32 weights that AdamW moves: bf16 would round away updates of 1e-6
+    sampler    a plain model with these weights, in `compute_dtype`, which writes the completions
+    policy     what is scored and differentiated. One process: the sampler itself, so that what samples is what
+               is trained. Several: master, sharded, whose layers compute in `compute_dtype`
+    reference  the model before training, in `compute_dtype`; None if beta is 0
+
+    One process on a CPU: master, sampler and policy are one model. On a GPU master never runs, and with
+    cpu_offload it is in CPU memory."""
+    device, sharded = run.accelerator.device, run.accelerator.num_processes > 1
+    dtype, run.sums = compute_dtype(device), []
+    load = lambda path, dtype: load_model(path, run.tokenizer, cfg.attn_implementation, dtype)
+    run.master = Policy(load(start, torch.float32).to("cpu" if cfg.cpu_offload else device))
+    set_threads(run.master.model)
+    separate = sharded or dtype != torch.float32
+    run.sampler = load(start, dtype).to(device) if separate else run.master.model
+    run.policy = run.master if sharded else Policy(run.sampler)
+    run.reference = Policy(load(cfg.model_name_or_path, dtype).to(device)) if cfg.beta else None
+    for model in run.master.model, run.sampler:
+        freeze(model, cfg.freeze)
+    if separate and not sharded:
+        run.sums = sum_gradients(run.sampler, run.master)
     if cfg.gradient_checkpointing:
-        checkpoint_layers(model)
-    return Policy(model, autocast=on_gpu and not sharded), sampler, reference
+        checkpoint_layers(run.policy.model)
 
 
-# ---- One process is plain; several, or one with --cpu_offload, are sharded (FSDP2) -----------------------
+# ---- The float32 weights: on one GPU beside the model, with several processes sharded (FSDP2) ------------
 
-# cuDNN's attention prepares anew for each shape, and its gradients can be nan behind a mask (pytorch 196678)
+# cuDNN's attention sets up again for each shape, and its masked gradients can be nan (pytorch 196678)
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
@@ -801,28 +829,27 @@ def make_accelerator(cfg):
     if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
         fail("ACCELERATE_USE_DEEPSPEED is set. This program shards by FSDP2: unset it, or start by python.")
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
-    alone = int(os.environ.get("WORLD_SIZE", 1)) == 1
-    if (cfg.cpu_offload or not alone) and not torch.distributed.is_initialized():
-        # gloo on GPUs too: offloaded gradients are clipped on the CPU. A store in memory needs no port
-        where = dict(store=torch.distributed.HashStore(), rank=0, world_size=1) if alone else {}
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
+        # gloo on GPUs too: offloaded gradients are clipped on the CPU
         torch.distributed.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-                                             timeout=timedelta(hours=2), **where)
-    accelerator = Accelerator(mixed_precision="bf16" if on_gpu else "no", cpu=not on_gpu)  # not a Mac's "mps"
+                                             timeout=timedelta(hours=2))
+    accelerator = Accelerator(mixed_precision="no", cpu=not on_gpu)  # not a Mac's "mps"
     if cfg.prompts_per_step % accelerator.num_processes:
         fail(f"{accelerator.num_processes} processes cannot share --prompts_per_step {cfg.prompts_per_step}")
     return accelerator
 
 
 def shard(run, cfg):
-    """Fully sharded data parallel: weights, gradients and optimizer state, in float32, over the processes. On
-    GPUs layers compute in bf16, and gradients add up in float32. (accelerate's "bf16" adds them in bf16.)"""
+    """Fully sharded data parallel: weights, gradients and optimizer state, in float32, over the processes.
+    Layers compute in `compute_dtype`; gradients are summed in float32. (accelerate's "bf16" sums in bf16.)"""
     state, on_gpu = run.accelerator.state, run.accelerator.device.type == "cuda"
-    bf16 = dict(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    dtype = compute_dtype(run.accelerator.device)
+    dtypes = dict(param_dtype=dtype, reduce_dtype=torch.promote_types(dtype, torch.float32))
     state.distributed_type = DistributedType.FSDP  # by hand: accelerate's argument would give a CPU DDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
-        transformer_cls_names_to_wrap=sorted(run.policy.model._no_split_modules),
-        mixed_precision_policy=MixedPrecisionPolicy(**bf16 if on_gpu else {}),
+        transformer_cls_names_to_wrap=sorted(run.master.model._no_split_modules),
+        mixed_precision_policy=MixedPrecisionPolicy(**dtypes, cast_forward_inputs=False),
         cpu_offload=CPUOffloadPolicy(pin_memory=on_gpu) if cfg.cpu_offload else False)
 
     def lead_on(module, inputs, output):
@@ -832,18 +859,57 @@ def shard(run, cfg):
         if isinstance(last, PromptLayer) and last.group is None:
             last.values = last.values + 0 * output.last_hidden_state[0, 0, 0]
 
-    run.policy.model.model.language_model.register_forward_hook(lead_on)
-    run.policy, optimizer = run.accelerator.prepare(run.policy, run.optimizer)
-    run.optimizer = optimizer.optimizer  # itself, which torch.distributed.checkpoint knows
+    run.master.model.model.language_model.register_forward_hook(lead_on)
+    run.master, optimizer = run.accelerator.prepare(run.master, run.optimizer)
+    run.policy, run.optimizer = run.master, optimizer.optimizer  # unwrapped, for torch.distributed.checkpoint
+
+
+def sum_gradients(model, master):
+    """Sum the gradients of several backwards in float32, where master's weights are: when a backward leaves a
+    gradient on a weight of `model`, add it to that weight's sum and free it. The sums, and for offloading one
+    pinned buffer, are allocated once. -> list of (weight of master, its sum)."""
+    pairs = zip(model.parameters(), master.parameters(), strict=True)
+    trained = [(weight, own) for weight, own in pairs if weight.requires_grad]
+    sums, buffer = [(own, torch.zeros_like(own)) for _, own in trained], None
+    if model.device != sums[0][1].device:
+        buffer = torch.empty(max(total.numel() for _, total in sums), pin_memory=True)
+
+    def add(total, weight):
+        gradient, weight.grad = weight.grad.to(total.dtype), None
+        if buffer is not None:
+            gradient = buffer[:gradient.numel()].view_as(gradient).copy_(gradient)
+        total += gradient
+
+    for (weight, _), (_, total) in zip(trained, sums):
+        weight.register_post_accumulate_grad_hook(partial(add, total))
+    return sums
+
+
+def step_optimizer(run, cfg):
+    """Clip the gradient, move the float32 weights and copy them into the sampler -> the gradient's norm before
+    clipping. If it is not finite the weights stay as they are."""
+    for weight, total in run.sums:
+        weight.grad = total
+    norm = nn.utils.clip_grad_norm_(run.master.parameters(), cfg.max_grad_norm or math.inf)
+    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    if math.isfinite(norm):
+        run.optimizer.step()
+    # to None: torch.distributed.checkpoint finds no AdamW state where a weight has a gradient
+    run.optimizer.zero_grad()
+    for _, total in run.sums:
+        total.zero_()
+    refresh(run.sampler, run.master)
+    return norm
 
 
 @torch.no_grad()
-def refresh(sampler, policy):
-    """Copy the policy's weights, sharded or not, into the sampler."""
-    for copy, weight in zip(sampler.parameters(), policy.model.parameters(), strict=True):
+def refresh(sampler, master):
+    """Copy the float32 weights, sharded or not, into the sampler, which may round them to bf16."""
+    for copy, weight in zip(sampler.parameters(), master.parameters(), strict=True):
+        if isinstance(weight, DTensor):
+            weight = weight.to(copy.device).full_tensor()
         if copy is not weight:
-            weight = weight.to(copy.device)
-            copy.copy_(weight.full_tensor() if isinstance(weight, DTensor) else weight)
+            copy.copy_(weight)
 
 
 # ---- Small things, and the files of a run ----------------------------------------------------------------
@@ -871,25 +937,47 @@ def checkpoints(output_dir):
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
+def training_state(run):
+    """What resuming needs, for torch.distributed.checkpoint: the float32 weights and AdamW's state."""
+    weights = get_model_state_dict(run.master)
+    if run.sampler.config.tie_word_embeddings:
+        del weights["model.lm_head.weight"]  # the same as the embedding
+    return {"weights": weights, "optimizer": get_optimizer_state_dict(run.master, run.optimizer)}
+
+
+def disk_needed(cfg, parameters, bytes_per_weight, done=0, saved=0):
+    """Bytes that a run will add to its folder from `done` steps and `saved` checkpoints on -> while it saves
+    its last checkpoint, and when it has ended. A checkpoint is a model; the newest holds state/ too, and the
+    one before loses its own after that. final/ is one more model."""
+    ahead = -(-cfg.max_steps // cfg.save_steps) - done // cfg.save_steps
+    models = min(saved + ahead, cfg.save_total_limit or math.inf) - saved + 1
+    model, state = bytes_per_weight * parameters, 12 * parameters  # float32 weights and AdamW's two moments
+    return models * model + (min(2, bool(saved) + ahead) - bool(saved)) * state, models * model + (not saved) * state
+
+
+def check_disk(run, cfg, done):
+    """Stop if the disk has less room than the run will take."""
+    folder = Path(cfg.output_dir or RUNS)
+    needed, _ = disk_needed(cfg, run.sampler.num_parameters(), run.sampler.dtype.itemsize, done,
+                            len(checkpoints(folder)))
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    if needed > free:
+        fail(f"the checkpoints will take {needed / 1e9:.1f} GB, and {folder} has {free / 1e9:.1f} GB left. Make "
+             "room, or lower --save_total_limit, or choose another --output_dir.")
+
+
 def save(folder, run, with_state=False):
-    """Write a model directory, and in state/ what resuming needs. It gets its name when it is complete."""
-    is_main, model = run.accelerator.is_main_process, run.policy.model
-    temporary = folder.with_name(folder.name + ".tmp")
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(run.policy, options=options)  # whole, on the main process
+    """Write the model as a folder for `from_pretrained` and, in state/, what resuming needs. The folder gets
+    its name when it is complete. After that, older checkpoints lose their state/."""
+    is_main, temporary = run.accelerator.is_main_process, folder.with_name(folder.name + ".tmp")
     try:
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed while it saved
-            weights = {name.removeprefix("model."): weight for name, weight in weights.items()}
-            if model.config.tie_word_embeddings:
-                del weights["lm_head.weight"]  # the same as the embedding, which is saved once
-            model.save_pretrained(temporary, state_dict=weights)
-            run.tokenizer.save_pretrained(temporary)
-            run.image_processor.save_pretrained(temporary)
+            for part in run.sampler, run.tokenizer, run.image_processor:
+                part.save_pretrained(temporary)
         run.accelerator.wait_for_everyone()
         if with_state:
-            state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
-            distributed_checkpoint.save(state, checkpoint_id=temporary / "state")
+            distributed_checkpoint.save(training_state(run), checkpoint_id=temporary / "state")
     # what a full disk raises in python, torch, safetensors and torch's checkpoints
     except (OSError, RuntimeError, SafetensorError, distributed_checkpoint.api.CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -899,6 +987,8 @@ def save(folder, run, with_state=False):
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
+        for old in checkpoints(run.output_dir)[:-1]:
+            shutil.rmtree(old / "state", ignore_errors=True)
         for old in checkpoints(run.output_dir)[:-(run.cfg.save_total_limit or 10**9)]:
             shutil.rmtree(old)
 
@@ -1020,8 +1110,11 @@ def parse_config(argv=None):
     cfg.eval_data = ",".join(map(absolute, cfg.eval_data.split(",")))
     cfg.rewards = cfg.rewards.replace(" ", "")
     check_config(cfg)
+    if saved.get("prompts_per_step", cfg.prompts_per_step) != cfg.prompts_per_step:
+        fail(f"--prompts_per_step {cfg.prompts_per_step}: {folder} began with {saved['prompts_per_step']}, by "
+             "which a step finds its place in the data. Leave it out.")
     if cfg.algorithm == "sft":  # one completion per prompt, rewarded for the log; nothing to stay close to
-        cfg.num_generations, cfg.beta, cfg.temperature = 1, 0.0, 1.0
+        cfg.num_generations, cfg.num_iterations, cfg.beta, cfg.temperature = 1, 1, 0.0, 1.0
     return cfg
 
 
@@ -1072,7 +1165,6 @@ def setup(cfg):
     import prepare_sat
     run = SimpleNamespace(cfg=cfg, accelerator=make_accelerator(cfg), evaluation=eval_cvbench)
     is_main, count = run.accelerator.is_main_process, run.accelerator.num_processes
-    sharded = count > 1 or cfg.cpu_offload
     if is_main and cfg.resume:
         run.output_dir, run.lock = claim(cfg)
     last = checkpoints(cfg.output_dir)[-1:] if cfg.resume else []
@@ -1091,16 +1183,18 @@ def setup(cfg):
         run.template = run.template.removesuffix("-direct") + "-direct"  # nothing but the answer to learn
     run.data.keep_fitting(run.template, run.tokenizer, run.image_processor, cfg.max_prompt_length, count > 1)
     run.eval_sets = eval_cvbench.load_sets(cfg.eval_data, cfg.eval_limit) if cfg.eval_steps else {}
-    run.policy, run.sampler, run.reference = build_models(cfg, start, run.accelerator.device, run.tokenizer,
-                                                          sharded)
-    trained = [weight for weight in run.policy.parameters() if weight.requires_grad]
+    build_models(run, cfg, start)
+    trained = [weight for weight in run.master.parameters() if weight.requires_grad]
     run.optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=0.0, fused=True)
-    if sharded:
+    if count > 1:
         shard(run, cfg)
     if done:
-        state = {"optimizer": get_optimizer_state_dict(run.policy, run.optimizer)}
+        state = training_state(run)  # its weights are master's own, so that loading fills them
         distributed_checkpoint.load(state, checkpoint_id=start / "state")  # however many processes saved it
-        set_optimizer_state_dict(run.policy, run.optimizer, state["optimizer"])
+        set_optimizer_state_dict(run.master, run.optimizer, state["optimizer"])
+        refresh(run.sampler, run.master)
+    if is_main:
+        check_disk(run, cfg, done)
     if is_main and not cfg.resume:
         run.output_dir, run.lock = claim(cfg)
     run.output_dir, = broadcast_object_list([run.output_dir if is_main else None])
@@ -1109,8 +1203,27 @@ def setup(cfg):
     size, kind = f"{run.sampler.num_parameters() / 1e6:.1f}M parameters", run.sampler.device.type
     run.accelerator.print(
         f"{run.output_dir}: {size}, {len(run.data.kept)} questions, prompt {run.template}, steps {done + 1} "
-        f"to {cfg.max_steps}\n{count} x {kind}, {'FSDP2' if sharded else 'no wrapper'}, {run.sampler.dtype}")
+        f"to {cfg.max_steps}\n{count} x {kind}, {'FSDP2' if count > 1 else 'no wrapper'}, {run.sampler.dtype}")
     return run, done
+
+
+@contextmanager
+def stop_signals():
+    """Inside, the first Ctrl-C or SIGTERM only asks to stop: it fills the list that is yielded, so that the
+    step can end and be saved. The old handlers are back for the second, and afterwards."""
+    asked, old = [], {}
+    def restore():
+        for number, handler in old.items():
+            signal.signal(number, handler)
+    def ask(number, frame):
+        asked.append(number)
+        restore()
+    for number in signal.SIGINT, signal.SIGTERM:
+        old[number] = signal.signal(number, ask)
+    try:
+        yield asked
+    finally:
+        restore()
 
 
 def main(argv=None):
@@ -1121,27 +1234,22 @@ def main(argv=None):
     run, done = setup(cfg)
     if cfg.eval_steps and not done:
         run.evaluation.evaluate_policy(run, 0)
-    stop_asked = []
-    def ask_to_stop(number, _):  # Ctrl-C and SIGTERM let the step end and save; a second one ends the program
-        stop_asked.append(number)
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, ask_to_stop)
-    for step in tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
-                     disable=not run.accelerator.is_main_process):
-        came = train_step(run, cfg, step)
-        run.evaluation.log_step(run, step + 1, came)  # which ends the run, if the gradient is not finite
-        last, stopping = step + 1 == cfg.max_steps, any(gather_object([bool(stop_asked)]))
-        if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or last):
-            run.evaluation.evaluate_policy(run, step + 1)
-        if (step + 1) % cfg.save_steps == 0 or last or stopping:
-            save(run.output_dir / f"checkpoint-{step + 1}", run, with_state=True)
-            run.evaluation.show(run)
-        if stopping and not last:
-            run.accelerator.print(f"stopped after step {step + 1}, which is saved; go on as you started, "
-                                  f"with --resume --output_dir {run.output_dir}")
-            return
-    save(run.output_dir / "final", run)
+    with stop_signals() as stop_asked:
+        for step in tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
+                         disable=not run.accelerator.is_main_process):
+            came = train_step(run, cfg, step)
+            run.evaluation.log_step(run, step + 1, came)  # which ends the run, if the gradient is not finite
+            last, stopping = step + 1 == cfg.max_steps, any(gather_object([bool(stop_asked)]))
+            if cfg.eval_steps and ((step + 1) % cfg.eval_steps == 0 or last):
+                run.evaluation.evaluate_policy(run, step + 1)
+            if (step + 1) % cfg.save_steps == 0 or last or stopping:
+                save(run.output_dir / f"checkpoint-{step + 1}", run, with_state=True)
+                run.evaluation.show(run)
+            if stopping and not last:
+                run.accelerator.print(f"stopped after step {step + 1}, which is saved; go on as you started, "
+                                      f"with --resume --output_dir {run.output_dir}")
+                return
+        save(run.output_dir / "final", run)
     run.evaluation.report_run(run)
 
 
