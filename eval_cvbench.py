@@ -4,9 +4,10 @@
     python eval_cvbench.py --run runs/toy        # every checkpoint of a run, and its curves from these scores
     python eval_cvbench.py --model runs/sat/final --data nyu-visionx/CV-Bench --modes all
     accelerate launch eval_cvbench.py ...        # on all GPUs: each process takes every n-th question
-    python eval_cvbench.py --data toy/test.parquet --temperature 1 --strict     # graded as in training
+    python eval_cvbench.py --data toy/test.parquet --temperature 1 --num_generations 64 --strict    # pass@k
     python eval_cvbench.py --compare A/answers.jsonl B/answers.jsonl            # is B better than A?
     python eval_cvbench.py --ask "What is left of the tree?" --image photo.jpg --model runs/sat/final
+    python eval_cvbench.py --draw runs/toy       # its curves.png and rollouts.html again
 
 It reads CV-Bench (a hub id, or a folder of its Parquet files) and, for held-out questions of the training
 kind, a file as prepare_sat.py writes it. A CV-Bench row:
@@ -14,9 +15,10 @@ kind, a file as prepare_sat.py writes it. A CV-Bench row:
     idx 0, type "2D", task "Count", image <PNG>, question "How many ...?", choices ["2", "3"], answer "(B)",
     prompt "How many ...? Select from the following choices.\\n(A) 2\\n(B) 3", source "ADE20K", ...
 
-Every answer goes to answers.jsonl in a folder under results/, as it comes. The folder's name holds the model,
-the data, the mode and a fingerprint of weights, settings and questions, so the same command goes on where it
-was stopped. Beside the answers lie summary.json, summary.md and report.html, which shows wrong answers.
+A question's answers go to answers.jsonl in a folder under results/ at once. The folder's name holds the model,
+the data, the mode and a digest of weights, settings and questions, so the same command resumes where it was
+stopped, and grades kept answers anew. Beside them lie summary.json, summary.md and report.html. While it trains,
+grpo_vision.py calls the functions whose names begin with on_.
 """
 import argparse
 import base64
@@ -25,15 +27,17 @@ import html
 import io
 import json
 import re
+import shutil
 import sys
 from collections import defaultdict, namedtuple
-from dataclasses import asdict
 from datetime import timedelta
-from math import comb, inf, isfinite
+from math import comb, exp, inf
 from pathlib import Path
-from statistics import NormalDist, mean, stdev
+from statistics import NormalDist, mean, pvariance
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import transformers
 from accelerate import PartialState
@@ -41,70 +45,68 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm import tqdm
 
-from grpo_vision import (ANSWER_BLOCK, HERE, IMAGE_TOKENS, PRESETS, RUNS, TEMPLATES, absolute, build_prompts,
-                         build_question, checkpoints, choose, choose_prompt, completion_text, extract_answer,
-                         fail, grade, load_model, load_processors, math_reward, normalise, render, sample,
-                         seeded, set_threads)
-from prepare_sat import open_image, prompt_length, read_parquet
+import grpo_vision as gv
+from grpo_vision import (ANSWER_BLOCK, HERE, PRESETS, RUNS, append_jsonl, choose, explained, extract_answer, fail,
+                         normalise, seeded)
+from recipes import math_reward
 
 # ---- The questions ---------------------------------------------------------------------------------------
+
+def read_rows(path):
+    """Hub id, Parquet file, or folder of them -> rows (dicts), their images still encoded."""
+    here = Path(path)
+    if (here / "train.parquet").exists():
+        fail(f"{path} holds training data. Name the file to evaluate on, such as {path}/test.parquet.")
+    with explained(f"the questions of {path} cannot be read"):
+        if here.exists():
+            files = sorted(here.glob("*.parquet")) or [here]
+            return pa.concat_tables(map(pq.read_table, files), promote_options="default").to_pylist()
+        return datasets.load_dataset(path, split="test").with_format("arrow")[:].to_pylist()
+
 
 def load_questions(path, limit=None):
     """CV-Bench (hub id, folder or file) or a file of the training layout -> list of questions, each a dict of
     id, where, task, source, images, text (what the template is filled with), options, answer (an option)."""
-    files = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
-    if Path(path).exists():
-        table = read_parquet(files or [Path(path) / "*.parquet"])
-    else:
-        try:
-            table = datasets.load_dataset(path, split="test")
-        except Exception as error:  # datasets raises many kinds for what it cannot find or read
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            fail(f"the questions of {path} cannot be read: {reason}")
-    cvbench = "choices" in table.column_names
+    rows, questions = read_rows(path), []
+    if not rows:
+        fail(f"{path} has no rows")
+    cvbench = "choices" in rows[0]
     needed = "image prompt choices answer task source" if cvbench else "images question options answer"
-    if missing := sorted(set(needed.split()) - set(table.column_names)):
-        fail(f"{path} has no column {missing[0]!r} ({', '.join(table.column_names)})")
-    raw = datasets.Image(decode=False)
-    table = table.cast_column("image", raw) if cvbench else table.cast_column("images", datasets.List(raw))
-    parse, n = parse_cvbench if cvbench else parse_training_row, min(limit or len(table), len(table))
-    chosen = sorted(seeded("questions").sample(range(len(table)), n))  # drawn: files are sorted by task
-    return [{"id": i, "where": f"{path}, row {i}", **parse(table[i], f"{path}, row {i}")} for i in chosen]
+    if missing := sorted(set(needed.split()) - rows[0].keys()):
+        fail(f"{path} has no column {missing[0]!r} ({', '.join(rows[0])})")
+    # sampled: files are sorted by task
+    for index in sorted(seeded("questions").sample(range(len(rows)), min(limit or len(rows), len(rows)))):
+        where = f"{path}, row {index}"
+        with explained(f"{where}: mend or remove it"):
+            questions.append({"id": index, "where": where, **parse_row(rows[index], cvbench)})
+    return questions
 
 
-def parse_cvbench(row, where):
-    row["image"] = row["image"] if any((row["image"] or {}).values()) else None
-    for name in "image prompt choices answer task source".split():
-        if not row[name]:
-            fail(f"{where}: {name} is empty. Remove the row.")
-    letter, choices = re.fullmatch(r"\(([A-Z])\)", row["answer"].strip()), row["choices"]
-    number = ord(letter[1]) - ord("A") if letter else len(choices)
-    if number >= len(choices):
-        fail(f"{where}: its answer {row['answer']!r} is none of {len(choices)} choices. Remove the row.")
-    return {"task": row["task"], "source": row["source"], "images": [row["image"]], "text": row["prompt"],
-            "options": choices, "answer": choices[number]}
-
-
-def parse_training_row(row, where):
-    if not row["question"] or row["answer"] not in (row["options"] or [row["answer"]]):
-        fail(f"{where}: its question is empty or its answer {row['answer']!r} is not one of its options.")
-    return {"task": row.get("question_type") or "all", "source": "held-out", "images": row["images"] or [],
-            "text": build_question(row["question"], row["options"]), "options": row["options"] or [],
-            "answer": row["answer"]}
+def parse_row(row, cvbench):
+    """-> a question, as `load_questions` returns it, without id and where. Raises ValueError if it has faults."""
+    images, options, answer = row["image" if cvbench else "images"], row["choices" if cvbench else "options"], row["answer"]
+    images = images if isinstance(images, list) else [images] if images else []
+    if not isinstance(options or [], list):
+        raise ValueError(f"its options are no list: {options!r}")
+    options = [str(option) if isinstance(option, (int, float)) else option for option in options or []]
+    if cvbench:
+        letter = re.fullmatch(r"\(([A-Z])\)", str(answer).strip())
+        answer = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options)).get(letter[1]) if letter else None
+    text = row["prompt"] if cvbench else row["question"]
+    if not all(isinstance(part, str) and part.strip() for part in (text, *options)):
+        raise ValueError("its question or an option is empty, or no text")
+    if not answer or answer not in (options or [answer]) or cvbench and not options:
+        raise ValueError(f"its answer {row['answer']!r} is none of its options {options}")
+    if not all(image and (image["bytes"] or Path(image["path"] or "").is_file()) for image in images or [None] * cvbench):
+        raise ValueError("an image is missing")
+    if cvbench:
+        return {"task": str(row["task"]), "source": row["source"], "images": images, "text": text,
+                "options": options, "answer": answer}
+    return {"task": str(row.get("question_type") or "all"), "source": "held-out", "images": images,
+            "text": gv.build_question(text, options), "options": options, "answer": str(answer)}
 
 
 # ---- The answers -----------------------------------------------------------------------------------------
-
-# The base prompt as a chat template, which checkpoints carry: a server then asks as the policy was trained.
-# It tells no role from another, so that it does not make the model an instruct model.
-SERVED_PROMPT = (
-    "{%- for message in messages -%}"
-    "{%- set parts = [{'type': 'text', 'text': message.content}] if message.content is string "
-    "else message.content -%}{%- set images = parts | selectattr('type', 'equalto', 'image') | list -%}"
-    "{%- for image in images -%}{% if images | length > 1 %}Picture {{ loop.index }}: {% endif %}"
-    + IMAGE_TOKENS + "{%- endfor -%}" + TEMPLATES["base"].replace(
-        "{question}", "{% for part in parts if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '' }}")
-    + "{%- endfor -%}")
 
 # How a question is asked: the template, and what is put behind a CV-Bench prompt; all are the paper's.
 MODES = {
@@ -117,9 +119,9 @@ MODES = {
 
 
 def choose_modes(names, tokenizer):
-    """--modes -> names of MODES; reasoning and direct: in the form that the chat template asks for, as in
-    training; all: every mode that the model admits. An instruct prompt needs a template with roles."""
-    kind, modes = choose_prompt(tokenizer), []
+    """--modes -> names of MODES. reasoning and direct: in the kind of prompt that the chat template asks for, as
+    in training. all: every mode that the model admits. An instruct prompt needs a template with roles."""
+    kind, modes = gv.choose_prompt(tokenizer), []
     admitted = [mode for mode in MODES if kind == "instruct" or mode.startswith("base")]
     for name in names:
         modes += admitted if name == "all" else [name if name in MODES else f"{kind}-{name}"]
@@ -133,33 +135,44 @@ def prompt_text(question, mode, tokenizer):
     template, ending = MODES[mode]
     if ending and question["source"] == "held-out":  # of the training kind, so in the words of training
         template, ending = "instruct", ""
-    return render(question["text"] + ending, len(question["images"]), template, tokenizer)
+    return gv.render(question["text"] + ending, len(question["images"]), template, tokenizer)
 
 
-def answer_questions(model, tokenizer, image_processor, questions, mode, batch_size=32, max_new_tokens=1024,
-                     temperature=0.0, seed=0, strict=False):
-    """Yield one record per question; greedy unless temperature > 0. Batches hold questions of like length,
-    the longest first: if memory does not suffice, it shows at once."""
-    length = lambda q: prompt_length(q["text"], q["images"], q["where"], tokenizer, image_processor)
-    order = sorted(questions, key=lambda q: (-length(q), q["id"]))
-    for first in range(0, len(order), batch_size):
-        batch = order[first:first + batch_size]
+def prompt_size(question):
+    """About the tokens of a prompt, by the headers of its images."""
+    with explained(f"{question['where']}: an image cannot be read"):
+        sizes = [Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]).size
+                 for image in question["images"]]
+    return len(question["text"]) / 4 + sum(width * height for width, height in sizes) / 28**2
+
+
+def answer_questions(model, tokenizer, image_processor, questions, mode, done=(), batch_size=32,
+                     max_new_tokens=1024, temperature=0.0, seed=0, strict=False, num_generations=1):
+    """Yield one record for each question that is not `done` (a set of ids), with its num_generations answers;
+    greedy unless temperature > 0. Batches hold questions of like length, the longest first: if memory does not
+    suffice, it shows at once. They do not depend on `done`, and neither do samples."""
+    order, n = sorted(questions, key=lambda q: (-prompt_size(q), q["id"])), max(1, batch_size // num_generations)
+    for batch in (order[first:first + n] for first in range(0, len(order), n)):
+        if all(q["id"] in done for q in batch):
+            continue
         texts = [prompt_text(q, mode, tokenizer) for q in batch]
-        images = [[open_image(image, q["where"]) for image in q["images"]] for q in batch]
-        passes = [build_prompts(texts[i:i + 8], images[i:i + 8], tokenizer, image_processor, model, first=i)
+        images = [[gv.open_image(image, q["where"]) for image in q["images"]] for q in batch]
+        passes = [gv.build_prompts(texts[i:i + 8], images[i:i + 8], tokenizer, image_processor, model, first=i)
                   for i in range(0, len(batch), 8)]
         number = seeded(seed, "answers", mode, batch[0]["id"]).getrandbits(63)
         generator = torch.Generator(model.device).manual_seed(number)
-        rollout = sample(model, passes, 1, max_new_tokens, temperature, generator)
-        for row, (q, text) in enumerate(zip(batch, texts)):
-            tokens = rollout.completion_ids[row, rollout.completion_mask[row]]
-            record = {key: q[key] for key in ("id", "task", "source", "options", "answer")}
-            record |= {"mode": mode, "prompt": text, "completion": completion_text(text, tokens, tokenizer),
-                       "length": len(tokens), "finished": bool(rollout.finished[row])}
-            yield with_verdict(record, strict)
+        rollout = gv.sample(model, passes, num_generations, max_new_tokens, temperature, generator)
+        tokens = [ids[mask] for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
+        answers = [{"completion": gv.completion_text(texts[i // num_generations], ids, tokenizer),
+                    "length": len(ids), "finished": bool(rollout.finished[i])} for i, ids in enumerate(tokens)]
+        for i, q in enumerate(batch):
+            if q["id"] not in done:
+                record = {key: q[key] for key in ("id", "task", "source", "options", "answer")}
+                own = answers[i * num_generations:(i + 1) * num_generations]
+                yield with_verdicts(record | {"mode": mode, "prompt": texts[i], "answers": own}, strict)
 
 
-# ---- Grading: as in training, but right in a wrong form counts -------------------------------------------
+# ---- Grading ---------------------------------------------------------------------------------------------
 
 def read_answer(text, strict=False):
     """The answer in a completion, or None. strict: as in training. Else: what is inside the last answer
@@ -234,43 +247,36 @@ def read_choice(answer, options):
     return found.pop() if len(found) == 1 else None
 
 
-def with_verdict(record, strict):
-    """The record with what its completion is worth, by the grader as it is now."""
-    extracted, find = read_answer(record["completion"], strict), choose if strict else read_choice
-    if strict and record.get("mode", "").endswith("-direct"):
-        extracted = record["completion"].strip()
-    correct = grade(extracted, record["answer"], record["options"], find)
-    if not record["options"] and extracted:  # a free answer may be right as mathematics
-        correct = correct or bool(math_reward(extracted, record["answer"]))
-    return {**record, "extracted": extracted, "chosen": find(extracted, record["options"]), "correct": correct}
+def with_verdicts(record, strict):
+    """The record with what each of its answers is worth, by the grader as it is now."""
+    answers = []
+    for a in record["answers"]:
+        extracted, find = read_answer(a["completion"], strict), choose if strict else read_choice
+        if strict and record.get("mode", "").endswith("-direct"):
+            extracted = a["completion"].strip()
+        chosen = find(extracted, record["options"]) if extracted else None
+        correct = any(text is not None and normalise(text) == normalise(record["answer"]) for text in (extracted, chosen))
+        if not record["options"] and extracted:  # a free answer may be right as mathematics
+            correct = correct or bool(math_reward(extracted, record["answer"]))
+        answers.append({**a, "extracted": extracted, "chosen": chosen, "correct": correct})
+    return record | {"answers": answers}
 
 
 # ---- Files -----------------------------------------------------------------------------------------------
 
 def read_jsonl(path):
     """-> the records of a file, [] without one. A last line that a killed program left half is left out."""
-    records, lines = [], path.read_text().splitlines(keepends=True) if path.is_file() else []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines) or line.endswith("\n"):
-                fail(f"{path}, line {number} is not JSON. Repair the file or move it away.")
-    return records
+    with explained(f"{path} has a line that is not JSON. Mend the file or move it away"):
+        lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def write_text(path, text, mode="w"):  # "w": all of it or nothing; "a": at the end of what is there
-    target = path if mode == "a" else path.with_name(path.name + ".tmp")
-    try:
-        with open(target, mode) as file:
-            file.write(text)
-        target.replace(path)
-    except OSError as error:
-        fail(f"{path} cannot be written ({error}). Make room, then the same command; training: --resume.")
-
-
-def append_jsonl(path, records):
-    write_text(path, "".join(json.dumps(record) + "\n" for record in records), "a")
+def write_text(path, text):
+    """All of it or nothing."""
+    with explained(f"cannot write {path}. Free space, then the same command"):
+        unfinished = path.with_name(path.name + ".tmp")
+        unfinished.write_text(text)
+        unfinished.replace(path)
 
 
 def write_jsonl(path, records):
@@ -286,8 +292,8 @@ def digest(value, *blobs):
 
 
 def fingerprint(path):
-    """Digests of a file, or of a model folder's weights -> list. A hub id stands for itself."""
-    files = [file for file in sorted(Path(path).glob("*.safetensors")) or [Path(path)] if file.is_file()]
+    """Digests of a model folder's weights -> list. A hub id stands for itself."""
+    files = sorted(Path(path).glob("*.safetensors"))
     return [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files] or [str(path)]
 
 
@@ -306,7 +312,7 @@ def slug(path):
     return re.sub(r"[^\w.-]+", "-", short(path)).strip("-")[-80:]  # a file system's names have an end
 
 
-# ---- The scores ----------------------------------------------------------------------------------------
+# ---- The scores ------------------------------------------------------------------------------------------
 
 REFLECTION = re.compile("aha|check|possibl|verify|wait|yet", re.IGNORECASE)  # as the authors count them
 PUBLISHED = {"Count": 788, "Relation": 650, "Depth": 600, "Distance": 600,  # CV-Bench's questions by task
@@ -342,43 +348,65 @@ def groups_of(records):
     return tasks | combined | (sources if len(sources) > 1 else {})
 
 
-def score_of(parts):
-    """[(weight, records), ...] -> Score of the weighted mean of their shares of right answers.
-    low, high: the 95 % interval. It is Wilson's for a share, which does not leave 0 .. 100. For a mean of
-    shares it comes from their distances to the ends of their own intervals (MOVER: Zou and Donner 2008).
-    chance: what a guess among each question's choices would reach."""
+def right_answers(record):
+    return sum(answer["correct"] for answer in record["answers"])
+
+
+def pass_at_k(n, right, k):
+    """The chance that of k answers, drawn from n of which `right` are right, at least one is right. Over the n
+    samples this estimates pass@k without bias (arXiv 2107.03374, eq. 1).
+
+    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 1, 4)
+    (0.25, 0.5, 1.0)
+    """
+    return 1 - comb(n - right, k) / comb(n, k)
+
+
+def score_of(parts, k=1):
+    """[(weight, records), ...] -> Score of the weighted mean of their pass@k, which for one answer to each
+    question is the share of right ones. chance: what guesses among each question's options would reach.
+    low, high: the 95 % interval over questions. It is Wilson's for a share, which does not leave 0 .. 100; a
+    mean of fractions is taken for the share of as many questions as would have its variance. For a mean of
+    parts it comes from their distances to the ends of their own intervals (MOVER: Zou and Donner 2008)."""
     value = below = above = chance = 0
     for weight, records in parts:
-        n, p = len(records), mean(bool(r["correct"]) for r in records)
+        each = [pass_at_k(len(r["answers"]), right_answers(r), k) for r in records]
+        n, p, variance = len(each), mean(each), pvariance(each)
+        n *= p * (1 - p) / variance if variance else 1
         middle, half = p + Z**2 / (2 * n), Z * (p * (1 - p) / n + Z**2 / (4 * n**2)) ** 0.5
         low, high = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
         value += weight * p
         below += (weight * (p - low)) ** 2
         above += (weight * (high - p)) ** 2
-        chance += weight * mean(1 / len(r["options"]) if r["options"] else 0 for r in records)
+        chance += weight * mean(1 - (1 - 1 / len(r["options"])) ** k if r["options"] else 0 for r in records)
     ends = max(value - below**0.5, 0.0), min(value + above**0.5, 1.0)
     return Score(sum(len(records) for _, records in parts), *(100 * x for x in (value, *ends, chance)))
 
 
 def scores_of(records):
-    return {name: score_of(parts) for name, parts in groups_of(records).items()}
+    """Records -> {name: Score}; with K answers to each question first pass@k for k = 1, 2, 4 ... K."""
+    K = min(len(record["answers"]) for record in records)
+    ks = sorted({2**i for i in range(K.bit_length())} | {K}) if K > 1 else []
+    return {f"pass@{k}": score_of([(1, records)], k) for k in ks} | {
+        name: score_of(parts) for name, parts in groups_of(records).items()}
 
 
 def rates_of(records):
     """Records -> {name: percent of answers; mean length in tokens}: how the answers look."""
-    rate = lambda test: 100 * mean(bool(test(r)) for r in records)
-    return {"unparsed": rate(lambda r: r["chosen"] is None), "truncated": rate(lambda r: not r["finished"]),
-            "letter only": rate(lambda r: re.fullmatch(r"\(?[A-Za-z]\)?\.?", r["extracted"] or "")),
-            "one answer block": rate(lambda r: extract_answer(r["completion"]) is not None),
-            "reflection word": rate(lambda r: REFLECTION.search(r["completion"])),
-            "mean length": mean(r["length"] for r in records)}
+    answers = [answer for record in records for answer in record["answers"]]
+    rate = lambda test: 100 * mean(bool(test(answer)) for answer in answers)
+    return {"unparsed": rate(lambda a: a["chosen"] is None), "truncated": rate(lambda a: not a["finished"]),
+            "letter only": rate(lambda a: re.fullmatch(r"\(?[A-Za-z]\)?\.?", a["extracted"] or "")),
+            "one answer block": rate(lambda a: gv.extract_answer(a["completion"]) is not None),
+            "reflection word": rate(lambda a: REFLECTION.search(a["completion"])),
+            "mean length": mean(a["length"] for a in answers)}
 
 
 def sign_test(a, b):
     """Two lists of records of the same questions -> the p-value of the two being equally good, by McNemar's
-    exact test: only questions that one got right and the other wrong tell them apart."""
-    won = sum(y["correct"] and not x["correct"] for x, y in zip(a, b))
-    lost = sum(x["correct"] and not y["correct"] for x, y in zip(a, b))
+    exact test: only questions that one answered better than the other tell them apart."""
+    won = sum(right_answers(y) > right_answers(x) for x, y in zip(a, b))
+    lost = sum(right_answers(x) > right_answers(y) for x, y in zip(a, b))
     return min(1.0, 2 * sum(comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost))
 
 
@@ -397,20 +425,24 @@ def compare(paths):
         print(f"    {name:24s} A {one:5.1f}   B {two:5.1f}   B - A {two - one:+5.1f}{p}")
 
 
-# ---- The report ------------------------------------------------------------------------------------------
+# ---- Pages -----------------------------------------------------------------------------------------------
 
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
-body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem }}
+body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 66rem; margin: 1rem auto; padding: 0 .7rem }}
 h2 {{ border-bottom: 1px solid #ccc; margin-top: 2.5rem }}
-table {{ border-collapse: collapse; margin: .5rem 0 }}
-td, th {{ padding: .25rem .5rem; text-align: right; vertical-align: top }}
-td:first-child, th:first-child {{ text-align: left }}
-pre, td.text {{ white-space: pre-wrap; font-family: ui-monospace, monospace; font-size: 13px }}
-.question {{ display: flex; gap: 1rem; margin: 1.2rem 0 .4rem }}
-.question img {{ max-width: 14rem; max-height: 14rem; border: 1px solid #ccc; align-self: start }}
-.right, .up {{ background: #d9f2d9 }} .wrong, .down {{ background: #fbe0dd }} .zero {{ background: #f4f4f4 }}
+table {{ border-collapse: collapse; margin: .5rem 0; max-width: 100% }}
+td, th {{ padding: .25rem .4rem; text-align: right; vertical-align: top }}
+td:first-child, th:first-child {{ text-align: left; overflow-wrap: anywhere }}
+pre, td.text {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace }}
+img {{ max-width: min(14rem, 100%); max-height: 14rem; border: 1px solid #ccc }}
+.question {{ display: flex; flex-wrap: wrap; gap: .7rem; margin: 1.2rem 0 .4rem }}
+.question div {{ flex: 1 1 16rem; min-width: 0 }}
+tr {{ border-left: 4px solid transparent }} tr.up {{ border-color: #2a9d3a }} tr.down {{ border-color: #d0402b }}
+.right {{ background: #d9f2d9 }} .wrong {{ background: #fbe0dd }} .most {{ outline: 1px solid }}
+.token {{ position: relative }} .token:hover::after, .token:focus::after {{ content: attr(data-p);
+position: absolute; left: 0; top: 1.5em; z-index: 1; background: #222; color: #fff; padding: 0 .4em; white-space: pre }}
 </style>
 <h1>{title}</h1>
 {body}</html>"""
@@ -435,26 +467,32 @@ def markdown_table(rows):
     return "\n".join(lines) + "\n"
 
 
-def image_html(picture, side=320):
-    """PIL image -> <img> with a small PNG or JPEG inside, so that the page needs no other file."""
+def data_uri(picture, side=320):
+    """PIL image -> the address of a small PNG or JPEG that lies in the page itself."""
     picture.thumbnail((side, side))
     kind, buffer = "PNG" if max(picture.size) <= 96 else "JPEG", io.BytesIO()
     picture.save(buffer, kind)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="the image" src="data:image/{kind.lower()};base64,{data}">'
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
-def question_html(pictures, asked, options, answer, said=""):
-    return (f'<div class="question">{"".join(map(image_html, pictures))}<div>{asked}<br>'
+def image_html(uri):
+    return f'<img alt="the image" src="{uri}">'
+
+
+def question_html(uris, asked, options, answer, said=""):
+    return (f'<div class="question">{"".join(map(image_html, uris))}<div>{asked}<br>'
             f'Options: {html.escape(", ".join(options or []))}<br>'
             f'Right answer: <span class="right">{html.escape(answer)}</span><br>{said}</div></div>')
 
 
-def legend_html(data_path):
-    """A legend.png beside the data, or one folder up, explains what its pictures show."""
+def find_legend(data_path):
+    """-> the legend.png beside the data, or one folder up, that explains what its images show; or None."""
     folder = Path(data_path) if Path(data_path).is_dir() else Path(data_path).parent
-    found = [path / "legend.png" for path in (folder, folder.parent) if (path / "legend.png").exists()]
-    return f"<p>What is what:</p>{image_html(Image.open(found[0]), 640)}" if found else ""
+    return next((path / "legend.png" for path in (folder, folder.parent) if (path / "legend.png").exists()), None)
+
+
+def legend_html(legend):
+    return f"<p>What is what:</p>{image_html(data_uri(Image.open(legend), 640))}" if legend else ""
 
 
 def tables_of(records):
@@ -474,133 +512,94 @@ def tables_of(records):
 
 
 def write_report(folder, title, records, questions, data_path, most=25):
-    """Records -> FOLDER/summary.json, summary.md and report.html. The page shows at most `most` wrong answers
-    of each task, drawn with a seed, or it would not open. All text is escaped."""
+    """Records -> FOLDER/summary.json, summary.md and report.html. The page shows at most `most` questions of
+    each task without a right answer, sampled with a seed, or it would not open. All text is escaped."""
     scores = {name: score._asdict() for name, score in scores_of(records).items()}
     write_text(folder / "summary.json", json.dumps({"scores": scores, "rates": rates_of(records)}, indent=1))
     write_text(folder / "summary.md", "\n".join([f"# {title}\n", *map(markdown_table, tables_of(records))]))
-    body = [*map(html_table, tables_of(records)), legend_html(data_path)]
+    body = [*map(html_table, tables_of(records)), legend_html(find_legend(data_path))]
     asked, wrong = {q["id"]: q for q in questions}, defaultdict(list)
     for r in records:
-        if not r["correct"] and r["id"] in asked:
+        if not right_answers(r) and r["id"] in asked:
             wrong[r["task"]].append(r)
     for task, some in wrong.items():
-        body.append(f"<h2>{html.escape(task)}: {len(some)} wrong</h2>")
-        for r in sorted(seeded("report").sample(some, min(most, len(some))), key=lambda r: r["id"]):
-            said, q = r["chosen"] or f"no choice: {(r['extracted'] or 'nothing')[:80]}", asked[r["id"]]
+        shown = sorted(seeded("report").sample(some, min(most, len(some))), key=lambda r: r["id"])
+        body.append(f"<h2>{html.escape(task)}: {len(some)} without a right answer, {len(shown)} of them shown</h2>")
+        for r in shown:
+            q, a = asked[r["id"]], r["answers"][0]
+            said = a["chosen"] or f"no choice: {(a['extracted'] or 'nothing')[:80]}"
             body.append(question_html(
-                [open_image(image, q["where"]) for image in q["images"]],
+                [data_uri(gv.open_image(image, q["where"])) for image in q["images"]],
                 f'Question {r["id"]}<pre>{html.escape(q["text"])}</pre>', q["options"], r["answer"],
-                f'Chosen: <span class="wrong">{html.escape(said)}</span>{" (cut off)" * (not r["finished"])}'
-                f'<pre>{html.escape(r["completion"])}</pre>'))
+                f'Chosen: <span class="wrong">{html.escape(said)}</span>{" (cut off)" * (not a["finished"])}'
+                f'<pre>{html.escape(a["completion"])}</pre>'))
     write_page(folder / "report.html", title, body)
 
 
-# ---- A training run: its logs, curves.png and rollouts.html ----------------------------------------------
+# ---- A training run: what grpo_vision.py calls, curves.png and rollouts.html ------------------------------
 
-def open_logs(run, done):
-    """config.json and fingerprints.json of the run, and its logs as they were after `done` steps, as a killed
-    run may have logged more. A run must go on with the data and the model that it began with."""
-    cfg, folder = run.cfg, run.output_dir
-    prints = {"data": fingerprint(run.data.path), "model": fingerprint(cfg.model_name_or_path)}
-    if done and (folder / "fingerprints.json").exists():
-        for name, begun in json.loads((folder / "fingerprints.json").read_text()).items():
-            if begun != prints[name]:
-                fail(f"--resume: {folder} began with another {name}. Give the old one, or start a new run.")
-    write_text(folder / "config.json", json.dumps(asdict(cfg), indent=2))
-    write_text(folder / "fingerprints.json", json.dumps(prints))
-    for name in ("metrics.jsonl", "completions.jsonl", "eval.jsonl"):  # done 0: step 0 is evaluated anew
-        write_jsonl(folder / name, [r for r in read_jsonl(folder / name) if r["step"] <= (done or -1)])
+def on_init_end(run):
+    """Before models are loaded: read the sets, the same eval_limit questions of each every time."""
+    sets = run.cfg.eval_data.split(",") if run.cfg.eval_steps else []
+    run.eval_sets = {path: load_questions(path, run.cfg.eval_limit) for path in sets}
 
 
-def summarise(run, step, came):
-    """What came of a step -> its metrics, and its completions as records, both over all processes."""
-    G, lengths, batch = run.cfg.num_generations, came.rollout.lengths.tolist(), came.batch
-    samples = gather_object([
-        {"step": step, "row": batch.numbers[i // G], "prompt": batch.texts[i // G], "completion": text,
-         "answer": batch.rows[i // G]["answer"], "length": lengths[i],
-         "finished": bool(came.rollout.finished[i]),
-         **{f"rewards/{name}": values[i].item() for name, values in came.rewards.items()},
-         "reward": sum(values[i].item() for values in came.rewards.values()),
-         "advantage": came.advantages[i].item()} for i, text in enumerate(came.rollout.texts)])
-    sums = gather_object([came.sums])
-    average = lambda name: mean(sample[name] for sample in samples)
-    tokens, rewards = sum(sample["length"] for sample in samples), [sample["reward"] for sample in samples]
-    groups = [rewards[i:i + G] for i in range(0, len(rewards), G)]
-    per_token = lambda name: sum(part[name] for part in sums) / tokens
-    metrics = {
-        "step": step, "loss": mean(part["loss"] for part in sums), "reward": average("reward"),
-        "reward_std": mean(stdev(group) if G > 1 else 0.0 for group in groups),
-        **{name: average(name) for name in samples[0] if name.startswith("rewards/")},
-        "completions/mean_length": tokens / len(samples),
-        "completions/clipped_ratio": 1 - average("finished"),
-        "frac_reward_zero_std": mean(max(group) == min(group) for group in groups),
-        **{name: per_token(name) for name in ("kl", "entropy", "clip_ratio")},
-        "grad_norm": sums[0]["grad_norm"], "learning_rate": run.optimizer.param_groups[0]["lr"],
-        **{f"seconds/{phase}": end - begin for phase, begin, end in
-           zip(("rollout", "reference", "update"), came.clock, came.clock[1:])}}
-    if run.cfg.algorithm == "sft":
-        return metrics | {"nll": per_token("nll")}, samples
-    return metrics | {"sampler_mismatch": per_token("mismatch"),
-                      "sampler_mismatch_max": max(part["mismatch_max"] for part in sums)}, samples
+def on_train_begin(run, done):
+    """Cut the logs to `done` steps, and evaluate the start."""
+    if run.accelerator.is_main_process:
+        for name in "completions.jsonl", "eval.jsonl", "rollouts.jsonl":
+            gv.cut_log(run.output_dir / name, done or -1)  # step 0 is evaluated anew
+        if legend := find_legend(run.data.path):
+            shutil.copy(legend, run.output_dir)
+    if not done:
+        evaluate_policy(run, 0)
 
 
-def log_step(run, step, came):
-    """What came of a step -> the logs, and a line to read. A gradient that is not finite ends the run."""
-    metrics, samples = summarise(run, step, came)
-    is_main, folder = run.accelerator.is_main_process, run.output_dir
-    if not isfinite(metrics["grad_norm"]):
-        append_jsonl(folder / "bad_batch.jsonl", samples if is_main else [])
-        fail(f"step {step}: gradient norm {metrics['grad_norm']}. Lower --learning_rate, then --resume. The "
-             f"batch is in {folder}/bad_batch.jsonl")
-    if is_main:
-        append_jsonl(folder / "metrics.jsonl", [metrics])
-        append_jsonl(folder / "completions.jsonl", samples)
-        rewards = "  ".join(f"{name.removeprefix('rewards/')} {value:.2f}" for name, value in metrics.items()
-                            if name.startswith("rewards/"))
-        seconds = sum(value for name, value in metrics.items() if name.startswith("seconds/"))
-        tqdm.write(f"step {step:4d}  reward {metrics['reward']:.2f}  {rewards}  length "
-                   f"{metrics['completions/mean_length']:.1f}  kl {metrics['kl']:.3f}  {seconds:.1f} s")
+def on_step_end(run, step, came):
+    """Keep the step's completions, and at steps 1, 2, 4, 8 ... and the last what the update did to them."""
+    is_last = step == run.cfg.max_steps
+    if run.accelerator.is_main_process:
+        append_jsonl(run.output_dir / "completions.jsonl", came.samples)
+    if is_last or step & (step - 1) == 0:
+        after = gv.score_rollout(run.policy, came.batch.passes, came.rollout, run.cfg)            # (N, C)
+        if run.accelerator.is_main_process:
+            append_jsonl(run.output_dir / "rollouts.jsonl", shown_groups(run, step, came, after))
+    if run.eval_sets and (step % run.cfg.eval_steps == 0 or is_last):
+        evaluate_policy(run, step)
 
 
-def load_sets(paths, limit):
-    """Comma-separated sets -> {path: questions}, the same `limit` questions of each every time."""
-    return {path: load_questions(path, limit) for path in paths.split(",")}
+def shown_groups(run, step, came, after, most=2):
+    """-> records of a step's first `most` groups, those with spread first, for rollouts.html: the question, its
+    images as addresses, and for each completion its tokens and their log-probabilities."""
+    G, N = run.cfg.num_generations, len(came.advantages)
+    groups = [range(i, i + G) for i in range(0, N, G)]
+    has_spread = lambda group: any(came.advantages[i] != 0 for i in group)
+    for group in sorted(groups, key=has_spread, reverse=True)[:most]:
+        row, completions = came.batch.rows[group[0] // G], []
+        for i in group:
+            mask = came.rollout.completion_mask[i]
+            ids = came.rollout.completion_ids[i, mask].tolist()
+            logps = dict(before=came.logps, after=after, reference=came.ref_logps)
+            completions.append(came.samples[i] | {
+                "prefill": gv.completion_text(came.batch.texts[i // G], [], run.tokenizer),
+                "tokens": [run.tokenizer.decode([token]) for token in ids]} | {
+                name: [round(x, 4) for x in values[i, mask].tolist()]
+                for name, values in logps.items() if values is not None})
+        yield {"step": step, "question": row["question"], "options": row["options"], "answer": row["answer"],
+               "images": [data_uri(image.copy()) for image in row["images"]], "completions": completions}
 
 
-def evaluate_policy(run, step):
-    """While training: ask the sampler fixed questions, greedily, each process its share -> eval.jsonl"""
-    rank, count = run.accelerator.process_index, run.accelerator.num_processes
-    mode = run.template if run.template in MODES else f"{run.template}-reasoning"
-    for name, questions in run.eval_sets.items():
-        mine = questions[rank::count]
-        answers = answer_questions(run.sampler, run.tokenizer, run.image_processor, mine, mode,
-                                   max_new_tokens=run.cfg.max_completion_length)
-        records = gather_object(list(tqdm(answers, f"evaluation on {short(name)}", total=len(mine),
-                                          leave=False, disable=rank > 0)))
-        if rank == 0:
-            append_score(run.output_dir / "eval.jsonl", step, name, records)
-
-
-def show(run):
-    """Bring the picture and the page up to date. What cannot be drawn must not stop the training."""
+def on_save(run):
+    """Bring image and page up to date. What cannot be drawn must not stop the training."""
     if run.accelerator.is_main_process:
         try:
-            draw_curves(run.output_dir)
-            write_rollouts(run.output_dir, run.data)
+            draw(run.output_dir)
         except (Exception, SystemExit) as error:
             print(f"warning: curves.png or rollouts.html could not be made: {error!r}", file=sys.stderr)
 
 
-def append_score(path, step, name, records):
-    n, p = len(records), mean(bool(r["correct"]) for r in records)
-    append_jsonl(path, [{"step": step, "set": short(name), "questions": n, "accuracy": 100 * p,
-                         "standard_error": 100 * (p * (1 - p) / n) ** 0.5,
-                         "mean_length": mean(r["length"] for r in records)}])
-
-
-def report_run(run):
-    """The end of a training run: what came of it, where it lies, and what to do next."""
+def on_train_end(run):
+    """Print what came of the run, where it lies, and what to do next."""
     if not run.accelerator.is_main_process:
         return
     folder, scores = short(run.output_dir), read_jsonl(run.output_dir / "eval.jsonl")
@@ -615,19 +614,46 @@ def report_run(run):
     print(f"try next: python eval_cvbench.py --run {folder}{on}    # every checkpoint on all questions")
 
 
+def evaluate_policy(run, step):
+    """Ask the sampler the sets' questions, greedily, each process its share -> eval.jsonl"""
+    rank, count = run.accelerator.process_index, run.accelerator.num_processes
+    mode = run.template if run.template in MODES else f"{run.template}-reasoning"
+    for name, questions in run.eval_sets.items():
+        mine = questions[rank::count]
+        answers = answer_questions(run.sampler, run.tokenizer, run.image_processor, mine, mode,
+                                   max_new_tokens=run.cfg.max_completion_length)
+        records = gather_object(list(tqdm(answers, f"evaluation on {short(name)}", total=len(mine),
+                                          leave=False, disable=rank > 0)))
+        if rank == 0:
+            append_score(run.output_dir / "eval.jsonl", step, name, records)
+
+
+def append_score(path, step, name, records):
+    n, p = len(records), mean(right_answers(r) / len(r["answers"]) for r in records)
+    append_jsonl(path, [{"step": step, "set": short(name), "questions": n, "accuracy": 100 * p,
+                         "standard_error": 100 * (p * (1 - p) / n) ** 0.5,
+                         "mean_length": rates_of(records)["mean length"]}])
+
+
 def smooth(values, width):
     """Running mean over about `width` values around each; over fewer at the ends."""
     windows = [values[max(0, i - width // 2):i + width // 2 + 1] for i in range(len(values))]
     return [sum(window) / len(window) for window in windows]
 
 
-def draw_curves(run, scores=None):
-    """The logs of a run, finished or not (evaluations from the file `scores`) -> RUN/curves.png. After the
-    paper's Figure 1: accuracy on fixed questions and mean length of the rollouts by training step."""
+def draw(run, scores=None):
+    """The logs of a run, finished or not -> RUN/curves.png and rollouts.html. scores: the file that holds its
+    evaluations, by default eval.jsonl."""
+    draw_curves(run, scores or run / "eval.jsonl")
+    write_rollouts(run)
+
+
+def draw_curves(run, scores):
+    """After the paper's Figure 1: accuracy on fixed questions and mean length of the rollouts by training step."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(scores or run / "eval.jsonl")
+    metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(scores)
     steps, width = [m["step"] for m in metrics], max(1, len(metrics) // 12)
     reflecting = defaultdict(list)
     for record in read_jsonl(run / "completions.jsonl"):
@@ -648,8 +674,7 @@ def draw_curves(run, scores=None):
     right.plot(steps, smooth(lengths, width), color="tab:red", lw=2, label="response length of the rollouts")
     right.set(ylabel="tokens", ylim=(0, 1.15 * max(lengths)))
     right.grid(False)
-    handles = [axis.get_legend_handles_labels() for axis in (top, right)]
-    top.legend(*(a + b for a, b in zip(*handles)), loc="lower right", framealpha=0.9)
+    figure.legend(loc="outside upper center", ncols=3)
     parts = [key for key in metrics[0] if key.startswith("rewards/")]
     curves = [("reward", {key.removeprefix("rewards/"): [m[key] for m in metrics] for key in parts}),
               ("KL to the reference, per token", {"": [m["kl"] for m in metrics]}),
@@ -663,43 +688,59 @@ def draw_curves(run, scores=None):
             faint, = panel.plot(steps, values, lw=0.7, alpha=0.35)
             panel.plot(steps, smooth(values, width), color=faint.get_color(), label=label)
         panel.set_title(title, fontsize=9)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(bottom=min(0, *panel.get_ylim()))
         if len(lines) > 1:
             panel.legend(fontsize=8)
     figure.savefig(run / "curves.png", dpi=130)
     plt.close(figure)
 
 
-def write_rollouts(run, data, most_steps=8, most_questions=2):
-    """RUN/completions.jsonl and the data -> RUN/rollouts.html: a few groups of a few steps on one page. All
-    text is escaped: a completion that contains markup shows as text."""
-    groups_at = defaultdict(lambda: defaultdict(list))  # step -> row number -> completions
-    for record in read_jsonl(run / "completions.jsonl"):
-        groups_at[record["step"]][record["row"]].append(record)
-    steps = sorted(groups_at)
-    shown = dict.fromkeys(steps[round(i * (len(steps) - 1) / (most_steps - 1))] for i in range(most_steps))
-    body = ["<p>What the policy answered to a few training questions as it learned. A table is a group, the "
-            "completions of one prompt. Green rows did better than their group and are made likelier. Red "
-            "rows are made less likely. The advantage says how much. Grey rows teach nothing: their group got "
-            "one reward.</p>", legend_html(data.path)]
-    for step in shown:
-        body.append(f"<h2>Step {step}</h2>")
-        # those with spread first: where all completions score the same there is little to see
-        groups = sorted(groups_at[step].values(), key=lambda group: len({s["reward"] for s in group}) == 1)
-        for group in groups[:most_questions]:
-            row = data[group[0]["row"]]
-            asked = html.escape(row["question"])
-            body.append(question_html(row["images"], asked, row["options"], row["answer"]))
-            names = [key for key in group[0] if key.startswith("rewards/")]
-            heads = "".join(f"<th>{html.escape(name.removeprefix('rewards/'))}</th>" for name in names)
-            body.append(f"<table><tr><th>completion</th>{heads}<th>tokens</th><th>advantage</th></tr>")
-            for one in group:
-                sign = "up" if one["advantage"] > 0 else "down" if one["advantage"] < 0 else "zero"
-                cells = "".join(f"<td>{one[name]:g}</td>" for name in names)
-                cells += f'<td>{one["length"]}</td><td>{one["advantage"]:+.2f}</td>'
-                said = html.escape(one["completion"])
-                body.append(f'<tr class="{sign}"><td class="text">{said}</td>{cells}</tr>')
-            body.append("</table>")
+def token_html(text, change, largest, is_most, shown):
+    """A token, tinted by the change of its log-probability; `shown` appears where it is pointed at or focused."""
+    colour = "42, 157, 58" if change > 0 else "208, 64, 43"
+    style = f"background: rgba({colour}, {0.8 * abs(change) / largest:.2f})"
+    kind = "token most" if is_most else "token"
+    return f'<span class="{kind}" tabindex="0" style="{style}" data-p="{html.escape(shown)}">{html.escape(text)}</span>'
+
+
+def completion_html(c, largest):
+    """A record of `shown_groups`, and the largest change in its group -> a row of the group's table."""
+    names, changes = [name for name in ("before", "after", "reference") if name in c], []
+    for before, after in zip(c["before"], c["after"]):
+        changes.append(after - before)
+    most = max(range(len(changes)), key=lambda i: abs(changes[i]))
+    spans = [token_html(text, changes[i], largest, i == most,
+                        "\n".join(f"{name}: {exp(c[name][i]):.3f}" for name in names))
+             for i, text in enumerate(c["tokens"])]
+    sign = "up" if c["advantage"] > 0 else "down" if c["advantage"] < 0 else "zero"
+    numbers = [f"{c[key]:g}" for key in c if key.startswith("rewards/")] + [str(c["length"]), f"{c['advantage']:+.2f}"]
+    cells = "".join(f"<td>{number}</td>" for number in numbers)
+    return f'<tr class="{sign}"><td class="text">{html.escape(c["prefill"])}{"".join(spans)}</td>{cells}</tr>'
+
+
+ROLLOUTS = """<p>What the policy answered to a few training questions as it learned, and what the update after
+each did to it. A table is a group, the completions of one prompt. A completion with a green edge did better than
+its group, one with a red edge worse; without an edge, its advantage is 0. <span class="right">Green</span> tokens
+became likelier through the update, <span class="wrong">red</span> ones less likely; the strongest tint is the
+largest change in the group, and the frame marks the largest in the completion. Point at a token, or tap it, for its
+probability before the update, after it, and under the reference.</p>"""
+
+
+def write_rollouts(run):
+    """RUN/rollouts.jsonl -> RUN/rollouts.html. All text is escaped: a completion with markup shows as text."""
+    legend = run / "legend.png"
+    body, steps = [ROLLOUTS, legend_html(legend if legend.exists() else None)], []
+    for group in read_jsonl(run / "rollouts.jsonl"):
+        if group["step"] not in steps:
+            steps.append(group["step"])
+            body.append(f"<h2>Step {group['step']}</h2>")
+        body.append(question_html(group["images"], html.escape(group["question"]), group["options"], group["answer"]))
+        names = [key.removeprefix("rewards/") for key in group["completions"][0] if key.startswith("rewards/")]
+        changes = [abs(after - before) for c in group["completions"] for before, after in zip(c["before"], c["after"])]
+        heads = "".join(f"<th>{html.escape(name)}</th>" for name in ("completion", *names, "tokens", "advantage"))
+        rows = [completion_html(c, max(max(changes), 1e-9)) for c in group["completions"]]
+        body += [f"<table><tr>{heads}</tr>", *rows, "</table>",
+                 f"<p>Strongest tint: {max(changes):.2g} in log-probability.</p>"]
     write_page(run / "rollouts.html", f"Rollouts of {short(run)}", body)
 
 
@@ -715,29 +756,30 @@ def parse_args(argv=None):
     add("--modes", nargs="+", default=["reasoning"], choices=["all", "reasoning", "direct", *MODES],
         help="how to ask; reasoning, direct: in the model's kind of prompt")
     add("--limit", type=int, help="only so many questions, always the same")
-    add("--batch_size", type=int, default=32, help="questions decoded together")
+    add("--batch_size", type=int, default=32, help="answers decoded together")
     add("--max_new_tokens", type=int, default=1024, help="tokens at most per answer")
     add("--max_pixels", type=int, help="larger images are shrunk; default: as in the run's training")
     add("--temperature", type=float, help="default: 0, greedy, as the paper; 0.6 with --ask")
+    add("--num_generations", type=int, default=1, help="K answers per question: pass@1, 2, 4 ... K")
     add("--seed", type=int, default=0, help="seed of sampling, if temperature is above 0")
     add("--dtype", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU")
     add("--strict", action="store_true", help="grade as training does: answer blocks only")
     add("--output_dir", type=Path, default=HERE / "results", help="where answers are kept")
-    add("--regrade", nargs="+", type=Path, metavar="FILE", help="grade kept answers again")
     add("--compare", nargs=2, type=Path, metavar=("A", "B"), help="kept answers: how much better is B?")
+    add("--draw", type=Path, metavar="RUN", help="curves.png and rollouts.html of a run, from its logs")
     add("--ask", metavar="QUESTION", help="a question of your own, to the last --model")
     add("--image", nargs="+", default=[], help="images that --ask is about")
     add("--top_p", type=float, default=0.95, help="with --ask: of the likeliest tokens")
     args = parser.parse_args(argv)
-    for flag in "limit", "batch_size", "max_new_tokens", "max_pixels":
+    for flag in "limit", "batch_size", "max_new_tokens", "max_pixels", "num_generations":
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             fail(f"--{flag} must be at least 1")
     if args.image and not args.ask or args.ask == "" or args.run and args.model:
         fail("--ask needs a question, --image needs --ask, and --run takes no --model")
     if not 0 <= (args.temperature or 0) < inf or not 0 < args.top_p <= 1:
         fail("--temperature must be at least 0, and --top_p above 0 and at most 1")
-    args.data = [absolute(path) for path in args.data]
-    args.model = args.model and [absolute(path) for path in args.model]
+    if args.num_generations > 1 and not args.temperature:
+        fail(f"--num_generations {args.num_generations}: greedy answers are all the same. Add --temperature 1.")
     return args
 
 
@@ -747,8 +789,9 @@ def main(argv=None):
     transformers.utils.logging.disable_progress_bar()
     if args.compare:
         return compare(args.compare)
-    if args.regrade:
-        return regrade(args.regrade, args.strict)
+    if args.draw:
+        with explained(f"--draw {args.draw}: its logs cannot be drawn"):
+            return draw(args.draw)
     # processes meet at the end only, however slow one is; cpu: or without a GPU each would think itself alone
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     args.dtype = args.dtype or ("bfloat16" if state.device.type == "cuda" else "float32")
@@ -775,7 +818,7 @@ def main(argv=None):
                     step = re.fullmatch(r"checkpoint-(\d+)", Path(name).name)
                     append_score(scores, int(step[1]) if step else 0, path, records)
     if scores:
-        draw_curves(args.run, scores)
+        draw(args.run, scores)
         print(f"drawn from these scores: {args.run}/curves.png")
     for found in files.values():
         if len(found) > 1 and state.is_main_process:
@@ -784,7 +827,7 @@ def main(argv=None):
 
 def models_of(run, only_ends):
     """-> the models of a run, its start and its checkpoints or (only_ends) final/; and its max_pixels."""
-    trained = [run / "final"] if only_ends else checkpoints(run)
+    trained = [run / "final"] if only_ends else gv.checkpoints(run)
     if not (run / "config.json").exists() or not trained or not trained[0].exists():
         fail(f"{run} is not a finished run; `python grpo_vision.py` makes one, or name a --model")
     config = json.loads((run / "config.json").read_text())
@@ -792,10 +835,8 @@ def models_of(run, only_ends):
 
 
 def load(name, args, device):
-    tokenizer, image_processor = load_processors(name, max_pixels=args.max_pixels)
-    model = load_model(name, tokenizer, dtype=getattr(torch, args.dtype)).to(device)
-    set_threads(model)
-    return model, tokenizer, image_processor
+    tokenizer, image_processor = gv.load_processors(name, max_pixels=args.max_pixels)
+    return gv.load_model(name, tokenizer, dtype=getattr(torch, args.dtype)).to(device), tokenizer, image_processor
 
 
 def evaluate(name, path, questions, mode, model, tokenizer, image_processor, args, state):
@@ -804,27 +845,30 @@ def evaluate(name, path, questions, mode, model, tokenizer, image_processor, arg
     known = {q["id"]: question_digest(q) for q in questions}
     settings = [sorted(dict(image_processor.size).items()), args.dtype, args.max_new_tokens, args.temperature,
                 args.seed if args.temperature else None, args.strict, MODES[mode], sorted(known.items())]
-    folder = args.output_dir / f"{slug(name)}--{slug(path)}--{mode}--{digest([fingerprint(name), settings])}"
-    folder.mkdir(parents=True, exist_ok=True)
+    kind = mode + f"-pass@{args.num_generations}" * (args.num_generations > 1)
+    folder = args.output_dir / f"{slug(name)}--{slug(path)}--{kind}--{digest([fingerprint(name), settings])}"
+    with explained(f"--output_dir {args.output_dir} cannot be written"):
+        folder.mkdir(parents=True, exist_ok=True)
     kept = lambda: {r["id"]: r for file in sorted(folder.glob("answers*.jsonl")) for r in read_jsonl(file)}
-    done = kept()
+    done = kept().keys()
     state.wait_for_everyone()  # all have read before one writes
     mine = folder / f"answers.rank{state.process_index}.jsonl"
     if mine.exists():
         write_jsonl(mine, read_jsonl(mine))  # without half a line, at which a killed program left it
-    todo = [q for q in questions[state.process_index::state.num_processes] if q["id"] not in done]
-    answers = answer_questions(model, tokenizer, image_processor, todo, mode, args.batch_size,
-                               args.max_new_tokens, args.temperature, args.seed, args.strict)
-    verdicts, title = [], f"{short(name)} on {short(path)}, {mode}" + ", graded as in training" * args.strict
-    with tqdm(answers, title, len(todo), disable=not state.is_main_process) as bar:
+    todo = questions[state.process_index::state.num_processes]
+    answers = answer_questions(model, tokenizer, image_processor, todo, mode, done, args.batch_size, args.max_new_tokens,
+                               args.temperature, args.seed, args.strict, args.num_generations)
+    verdicts, title = [], f"{short(name)} on {short(path)}, {kind}" + ", graded as in training" * args.strict
+    left = sum(q["id"] not in done for q in todo)
+    with tqdm(answers, title, left, disable=not state.is_main_process) as bar:
         for record in bar:
             append_jsonl(mine, [{**record, "question": known[record["id"]]}])
-            verdicts.append(record["correct"])
-            bar.set_postfix_str(f"{100 * sum(verdicts) / len(verdicts):.1f} % right", refresh=False)
+            verdicts += [answer["correct"] for answer in record["answers"]]
+            bar.set_postfix_str(f"{100 * mean(verdicts):.1f} % right", refresh=False)
     state.wait_for_everyone()
     if not state.is_main_process:
         return None, folder / "answers.jsonl"
-    records = [with_verdict(record, args.strict) for _, record in sorted(kept().items())]
+    records = [with_verdicts(record, args.strict) for _, record in sorted(kept().items())]
     write_jsonl(folder / "answers.jsonl", records)
     for file in folder.glob("answers.rank*.jsonl"):
         file.unlink()
@@ -834,28 +878,17 @@ def evaluate(name, path, questions, mode, model, tokenizer, image_processor, arg
     return records, folder / "answers.jsonl"
 
 
-def regrade(files, strict):
-    """Files of answers -> the same with the verdicts of the grader as it is now."""
-    for file in files:
-        records = read_jsonl(file)
-        if not records or "options" not in records[0]:
-            fail(f"--regrade: {file} has no answers. Give files like results/NAME/answers.jsonl.")
-        records = [with_verdict(record, strict) for record in records]
-        write_jsonl(file, records)
-        print(file, *map(markdown_table, tables_of(records)), sep="\n")
-
-
 def ask(args, device):
     """Answer one question, printed as it comes; temperature 0.6 and top_p 0.95 are Vision-R1's."""
     model, tokenizer, image_processor = load(args.model[-1], args, device)
-    images = [open_image({"bytes": None, "path": file}, f"--image {file}") for file in args.image]
+    images = [gv.open_image({"bytes": None, "path": file}, f"--image {file}") for file in args.image]
     question = {"text": args.ask, "images": images, "source": "asked"}
     text = prompt_text(question, choose_modes(args.modes, tokenizer)[0], tokenizer)
-    prompt = build_prompts([text], [images], tokenizer, image_processor, model)
-    print(completion_text(text, [], tokenizer), end="", flush=True)
+    prompt = gv.build_prompts([text], [images], tokenizer, image_processor, model)
+    print(gv.completion_text(text, [], tokenizer), end="", flush=True)
     temperature = 0.6 if args.temperature is None else args.temperature
     ids = stream(model, tokenizer, prompt, temperature, args.top_p, args.max_new_tokens, args.seed)
-    answer = extract_answer(completion_text(text, ids, tokenizer))
+    answer = gv.extract_answer(gv.completion_text(text, ids, tokenizer))
     if ids[-1] not in model.eos_ids:
         print(f"(cut off: --max_new_tokens {args.max_new_tokens})")
     print(f"answer: {answer}" if answer else "(no answer block)")

@@ -23,13 +23,10 @@ from string import ascii_lowercase, ascii_uppercase
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Dataset, Features, Image, List, Value, concatenate_datasets, load_dataset
-from datasets.table import InMemoryTable
-from PIL import Image as Picture, ImageOps
+from datasets import Features, Image, List, Value, load_dataset
 from tqdm import tqdm
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
-from grpo_vision import HERE, accuracy_reward, extract_answer, fail, format_reward, row_text, seeded
+from grpo_vision import HERE, MARK, accuracy_reward, extract_answer, fail, format_reward, open_image
 
 TEXT = Value("string")
 SAT_FEATURES = Features({"images": List(Image()), "question": TEXT, "options": List(TEXT), "answer": TEXT,
@@ -43,9 +40,11 @@ def write_parquet(path, rows, features):
     unfinished = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with pq.ParquetWriter(unfinished, features.arrow_schema) as writer:
+        schema = features.arrow_schema
+        schema = schema.with_metadata(schema.metadata | {MARK: b"checked"})
+        with pq.ParquetWriter(unfinished, schema) as writer:
             while chunk := list(itertools.islice(rows, 100)):
-                writer.write_table(pa.Table.from_pylist(chunk, schema=features.arrow_schema))
+                writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
         if pq.ParquetFile(unfinished).metadata.num_rows:
             unfinished.replace(path)
     except OSError as error:
@@ -296,92 +295,6 @@ def download_sat():
     except Exception as error:
         fail(f"cannot download SAT_train.parquet of array/SAT ({type(error).__name__}). Fetch it, then: "
              "python prepare_sat.py --from SAT_train.parquet --limit 15000 --out data/sat")
-
-
-# ---- Reading it back, to train on ------------------------------------------------------------------------
-
-def upright(picture):
-    """PIL image -> RGB as a viewer shows it: turned as its EXIF tag says, white where it is transparent. Of
-    grey values deeper than 8 bits the darkest is black and the lightest white."""
-    picture = ImageOps.exif_transpose(picture)
-    if picture.mode.startswith(("I", "F")):
-        picture = picture.convert("F")
-        low, high = picture.getextrema()
-        scale = 255 / max(high - low, 1e-9)
-        picture = picture.point(lambda value: value * scale - low * scale)
-    if picture.has_transparency_data:
-        picture = picture.convert("RGBA")
-        picture = Picture.alpha_composite(Picture.new("RGBA", picture.size, "white"), picture)
-    return picture.convert("RGB")
-
-
-def open_image(image, where, decode=True):
-    """{"bytes", "path"} -> RGB image, or stop and name its row. decode=False reads only the header."""
-    try:
-        picture = Picture.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
-        smart_resize(*picture.size)  # stops at an image 200 times as long as wide, as it will in training
-        return upright(picture) if decode else picture
-    except Exception as error:  # PIL raises many kinds: OSError, SyntaxError, struct.error ...
-        fail(f"{where}: its image cannot be read ({error}). Remove or replace it.")
-
-
-def prompt_length(text, images, where, tokenizer, image_processor):
-    """-> tokens of a prompt, with those of its images, of which only the headers are read."""
-    sizes = [open_image(image, where, decode=False).size for image in images]
-    patches = sum(image_processor.get_number_of_image_patches(height, width) for width, height in sizes)
-    return len(tokenizer(text).input_ids) - len(images) + patches // image_processor.merge_size**2
-
-
-def read_parquet(paths):
-    """Parquet files -> one Dataset, read directly: a cache by path and time could be older than the files."""
-    try:
-        return concatenate_datasets([Dataset(InMemoryTable(pq.read_table(path))) for path in paths])
-    except (pa.ArrowInvalid, OSError, ValueError) as error:
-        fail(f"{paths[0]} cannot be read as Parquet: {str(error).splitlines()[0]}")
-
-
-class TrainingData:
-    """The rows of a Parquet file as written here, by number: data[number] is a dict with opened images."""
-    def __init__(self, path):
-        self.path = Path(path) / "train.parquet" if Path(path).is_dir() else Path(path)
-        table = read_parquet([self.path])
-        if missing := sorted({"images", "question", "options", "answer"} - set(table.column_names)):
-            fail(f"{self.path} has no column {missing[0]!r} ({', '.join(table.column_names)})")
-        self.table = table.cast_column("images", List(Image(decode=False)))
-        self.has_completions, self.kept = "completion" in table.column_names, list(range(len(table)))
-
-    def __getitem__(self, number):
-        row, where = self.table[number], f"{self.path}, row {number}"
-        return {**row, "images": [open_image(image, where) for image in row["images"] or []]}
-
-    def keep_fitting(self, template, tokenizer, image_processor, max_prompt_length, need_image=False):
-        """Drop the rows whose prompt is longer than max_prompt_length tokens, and stop at one that cannot be
-        trained on. need_image: several processes share the image tower, and all have to run it."""
-        kept = []
-        for number, row in enumerate(tqdm(self.table, desc="measuring prompts", leave=False)):
-            where, images = f"{self.path}, row {number}", row["images"] or []
-            if not row["question"] or row["answer"] not in (row["options"] or [row["answer"] or None]):
-                fail(f"{where}: question or answer is empty, or the answer is not an option. Remove the row.")
-            if need_image and not images:
-                fail(f"{where} has no image. Only a single process can train on it.")
-            text = row_text(row, template, tokenizer)
-            if text.count("<|image_pad|>") != len(images):
-                fail(f"{where}: its question contains the token <|image_pad|>. Remove the row.")
-            if prompt_length(text, images, where, tokenizer, image_processor) <= max_prompt_length:
-                kept.append(number)
-        if dropped := len(self.table) - len(kept):
-            print(f"dropped {dropped} of {len(self.table)} rows: prompts over {max_prompt_length} tokens")
-        if not kept:
-            fail(f"--max_prompt_length {max_prompt_length}: every prompt of {self.path} is longer. Raise it.")
-        self.kept = kept
-
-    def draw(self, seed, first, count):
-        """Numbers first .. first + count - 1 of an endless walk over the kept rows, shuffled anew in each
-        epoch. Number i depends only on i, so a resumed run needs no saved state."""
-        n, last = len(self.kept), first + count - 1
-        epochs = range(first // n, last // n + 1)
-        walks = {epoch: seeded(seed, "epoch", epoch).sample(self.kept, n) for epoch in epochs}
-        return [walks[i // n][i % n] for i in range(first, last + 1)]
 
 
 def main(argv=None):

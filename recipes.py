@@ -1,0 +1,116 @@
+"""What else the papers trained, and an example of how to extend grpo_vision.py: a setting, rewards, presets and
+another training step are added from outside.
+
+    python recipes.py --preset sat-sft           # VisualThinker's baseline: learn the answers, without reasoning
+    accelerate launch --num_processes 8 recipes.py --preset vision-r1       # GRPO on mathematics (2503.06749)
+
+Vision-R1 in three stages, as in its paper. Qwen2.5-VL-7B needs eight GPUs of 80 GB:
+
+    python prepare_sat.py --from CHAINS.json --out data/cold
+    accelerate launch --num_processes 8 recipes.py --preset sat-sft --data data/cold --output_dir runs/cold \\
+        --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct --learning_rate 5e-6 --max_completion_length 4096
+    python prepare_sat.py --from Osilly/Vision-R1-rl --multi_image --out data/own
+    accelerate launch --num_processes 8 recipes.py --preset vision-r1 --model_name_or_path runs/cold/final \\
+        --output_dir runs/r1
+    accelerate launch --num_processes 8 recipes.py --resume --output_dir runs/r1 --max_steps 200 \\
+        --max_completion_length 8192 --num_generations 8
+"""
+import re
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Literal
+
+import torch
+
+import grpo_vision as gv
+
+
+# ---- Supervised fine-tuning (SFT): one given completion, A = 1 -------------------------------------------
+
+@dataclass
+class Config(gv.Config):
+    algorithm: Literal["grpo", "sft"] = gv.setting("grpo", "sft: imitate the data's completions or answers")
+
+
+def given_completions(run, cfg, batch):
+    """The data's completions, or else its answers, in place of samples -> Rollout."""
+    texts, eos = [row.get("completion") or row["answer"] for row in batch.rows], run.tokenizer.eos_token
+    for i, prompt in enumerate(batch.texts):
+        if prefill := re.search(r"<think>(\s*)$", prompt):
+            texts[i] = texts[i].removeprefix("<think>").removeprefix(prefill[1])
+    given = run.tokenizer([text + eos for text in texts], padding=True, padding_side="right", truncation=True,
+                          max_length=cfg.max_completion_length, return_tensors="pt").to(run.sampler.device)
+    ids, mask = given.input_ids, given.attention_mask.bool()                                      # (B, C)
+    finished = ids.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0] == run.tokenizer.eos_token_id   # (B,)
+    texts = [gv.completion_text(text, own[kept], run.tokenizer) for text, own, kept in zip(batch.texts, ids, mask)]
+    return gv.Rollout(ids, mask, torch.zeros(ids.shape, device=ids.device), finished, texts)
+
+
+def sft_step(run, cfg, step):
+    """`gv.train_step` with the data's completion in place of samples, and A = 1: step 6 then follows the gradient
+    of log pi. The rewards are only logged."""
+    clock = [gv.now()]
+    batch = gv.draw_batch(run, cfg, step)
+    rollout = given_completions(run, cfg, batch)
+    rewards = gv.compute_rewards(cfg, rollout, batch.rows, run.template)
+    advantages = torch.ones(len(batch.rows), device=rollout.lengths.device)                       # (B,)
+    clock += [gv.now()] * 2
+    logps, sums = gv.optimise(run, cfg, step, batch.passes, rollout, advantages, None)
+    rollout.sampling_logps = logps  # nothing was sampled
+    clock.append(gv.now())
+    return SimpleNamespace(batch=batch, rollout=rollout, rewards=rewards, advantages=advantages, ref_logps=None,
+                           logps=logps, sums=sums, clock=clock)
+
+
+# ---- Rewards for mathematics -----------------------------------------------------------------------------
+
+def math_reward(completion, answer, **_):
+    """1 if the last answer block, or else the whole text, equals the solution mathematically, as judged by
+    math-verify within its time limits. A block of several numbers fails."""
+    try:
+        from math_verify import parse, verify
+    except ImportError:
+        gv.fail("the reward math needs the library math-verify: pip install math-verify")
+    signs = {"°": "^\\circ ", "π": "\\pi ", "√": "\\sqrt ", "×": "\\times ", "−": "-", "²": "^2", "$": ""}
+
+    def read(text, in_block=True):
+        for sign, latex in signs.items():
+            text = text.replace(sign, latex)
+        text = re.sub(r"^\s*final answer\s*:|(?<=\d),(?=\d{3}\b)", "", text, flags=re.IGNORECASE)
+        several = in_block and len(set(re.findall(r"\d+\.?\d*", text))) > 1
+        return parse(f"${text.strip().removesuffix('.')}$") + ([] if several else parse(text))
+
+    blocks = gv.ANSWER_BLOCK.findall(completion)
+    return float(verify(read(answer), read(blocks[-1]) if blocks else read(completion, in_block=False)))
+
+
+def hard_reward(completion, options, **row):
+    """1 only if format and answer are both right (Vision-R1's HFRRF, arXiv 2503.06749, section 3.3)."""
+    right = gv.accuracy_reward if options else math_reward
+    return gv.format_reward(completion) * right(completion, options=options, **row)
+
+
+gv.REWARDS |= {"math": math_reward, "hard": hard_reward}
+gv.PRESETS |= {
+    # the paper's baseline: the same questions, answered without reasoning; 3750 x 8 is twice 15,000 rows
+    "sat-sft": dict(algorithm="sft", learning_rate=2e-5, max_steps=3750, loss_type="dapo"),
+    # stage 1 of Vision-R1, after its cold start
+    "vision-r1": dict(model_name_or_path="Qwen/Qwen2.5-VL-7B-Instruct", data=f"{gv.HERE}/data/own", beta=0.01,
+                      rewards="hard", lr_scheduler_type="constant", max_steps=100, num_generations=16,
+                      max_completion_length=4096),
+}
+
+
+def main(argv=None):
+    cfg = gv.parse_config(argv, Config)
+    if cfg.algorithm == "grpo":
+        return gv.train(cfg)
+    # one completion and one update per prompt; nothing to stay close to
+    cfg.num_generations, cfg.num_iterations, cfg.beta, cfg.temperature = 1, 1, 0.0, 1.0
+    if cfg.prompt == "auto" and "completion" not in gv.TrainingData(cfg.data).table.column_names:
+        cfg.prompt = "direct"  # nothing but the answer to learn
+    gv.train(cfg, sft_step)
+
+
+if __name__ == "__main__":
+    main()
