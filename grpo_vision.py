@@ -1,15 +1,15 @@
 """Visual R1-Zero in one file: GRPO on Qwen2-VL, as in VisualThinker-R1-Zero (arXiv 2503.05132).
 
-The policy pi is a language model. Asked about an image, it gives each possible completion a probability, and a
-rule gives each completion a reward R. Training raises the expected reward J:
+The policy pi is a language model. Asked about an image, it gives each possible completion a probability, and
+a rule gives each completion a reward R. Training raises the expected reward J:
 
     J      = E[R]                over completions sampled from pi
     grad J = E[R grad log pi]    since grad pi = pi grad log pi
     grad J ~ E[A grad log pi]    with A = R - the mean R of its group: the same direction with less noise
 
-So training is maximum likelihood with a signed weight: sample a group of completions of one question, and push
-each token of a completion up or down by how much better it did than its group. That is GRPO, Group Relative
-Policy Optimization. "R1-Zero" means that it starts from a base model and learns from rewards alone.
+So training is maximum likelihood with a signed weight: sample a group of completions of one question, and
+push each token of a completion up or down by how much better it did than its group. That is GRPO, Group
+Relative Policy Optimization. "R1-Zero" means that it starts from a base model and learns from rewards alone.
 
 One training step, as in `train_step` and the sections below:
 
@@ -31,13 +31,14 @@ A group shares its image and prompt. They are encoded once, and all G completion
                                    |                                                            |
     policy <--stage 2 of backward--'<--stage 1-- loss <--score under policy and reference-------'
 
-Tensor lines end in their shape: # (N, C). `cfg` holds the settings (`Config`), and `run` what `setup` makes of
-them: data, models (`build_models`), optimizer. policy(encode, x) is encode(model, x).
+Tensor lines end in their shape: # (N, C). `cfg` holds the settings (`Config`), and `run` what `setup` makes
+of them: data, models (`build_models`), optimizer. policy(encode, x) is encode(model, x).
 
     python grpo_vision.py                                             # the toy: a laptop, offline, 2 minutes
     python grpo_vision.py --preset sat                                # Qwen2-VL-2B on SAT, on one GPU
     accelerate launch --num_processes 8 grpo_vision.py --preset sat   # the same, sharded over eight GPUs
 """
+import importlib.util
 import io
 import json
 import math
@@ -48,6 +49,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -66,8 +68,7 @@ from accelerate.utils import broadcast_object_list, gather_object, parse_flag_fr
 from filelock import FileLock
 from PIL import Image, ImageOps
 from torch import nn
-from torch.distributed.checkpoint.state_dict import (get_model_state_dict, get_optimizer_state_dict,
-                                                     set_optimizer_state_dict)
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -103,13 +104,12 @@ def train_step(run, cfg, step):
 
 IMAGE_TOKENS = "<|vision_start|><|image_pad|><|vision_end|>"
 
-# The paper's templates, verbatim. The base model's ends in <think> and never mentions <answer>. "direct" is for
-# answers without reasoning.
-TASK = ("A conversation between User and Assistant. The user asks a question about the image, and the Assistant "
-        "solves it.")
+# The paper's, verbatim. The base model's ends in <think> and never mentions <answer>. "direct": no reasoning.
+TASK = ("A conversation between User and Assistant. The user asks a question about the image, and the "
+        "Assistant solves it.")
 TEMPLATES = {
-    "base": TASK + " The assistant first thinks about the reasoning process in the mind and then provides the user "
-            "with the answer.\nUser: {question} \nAssistant: Let me solve this step by step.\n<think>",
+    "base": TASK + " The assistant first thinks about the reasoning process in the mind and then provides "
+            "the user with the answer.\nUser: {question} \nAssistant: Let me solve this step by step.\n<think>",
     "base-direct": TASK + "\nUser: {question} \nAssistant: ",
     "instruct": "{question}  Output the thinking process in <think> </think> and final answer (option) in "
                 "<answer> </answer> tags.",
@@ -132,9 +132,8 @@ def build_question(question, options):
 def render(question, num_images, template, tokenizer):
     """Fill TEMPLATES[template] with a question -> the prompt's text. Images come first, numbered if there are
     several. An instruct prompt is a user turn of the chat template plus an opened assistant turn."""
-    numbers = [f"Picture {i + 1}: " if num_images > 1 else "" for i in range(num_images)]
-    images = "".join(number + IMAGE_TOKENS for number in numbers)
-    text = images + TEMPLATES[template].format(question=question)
+    images = [f"Picture {i + 1}: " * (num_images > 1) + IMAGE_TOKENS for i in range(num_images)]
+    text = "".join(images) + TEMPLATES[template].format(question=question)
     if template.startswith("base"):
         return text
     turn = [{"role": "user", "content": text}]
@@ -148,19 +147,18 @@ def row_text(row, template, tokenizer):
 
 
 def draw_batch(run, cfg, step):
-    """Draw this process's B questions of the step -> their indices in the data, their rows (dicts), their
-    prompts' texts, and the passes in which they are encoded. A pass (`build_prompts`) is n prompts that run
-    through the model together: input_ids (n, P), padded on the right; lengths (n,); position_ids (3, n, P);
-    next_position (n,), where the completion begins; the pixels; first, the index of its first prompt."""
+    """Draw this process's B questions -> their data rows (dicts), images, prompts' texts, and the passes in
+    which they are encoded. A pass is n prompts that run through the model together: input_ids (n, P), padded
+    on the right; lengths (n,); position_ids (3, n, P); next_position (n,), where the completion begins; the
+    pixels; first, the index of its first prompt."""
     B, rank = cfg.prompts_per_step // run.accelerator.num_processes, run.accelerator.process_index
-    indices = run.data.draw(cfg.seed, step * cfg.prompts_per_step + rank * B, B)
-    rows = [run.data[index] for index in indices]
+    rows = draw_rows(run.rows, cfg.seed, step * cfg.prompts_per_step + rank * B, B)
     texts = [row_text(row, run.template, run.tokenizer) for row in rows]
-    images = [row["images"] for row in rows]
+    images = [[open_image(image, cfg.data) for image in row["images"] or []] for row in rows]
     n = max(1, cfg.encode_tokens // cfg.max_prompt_length)  # no prompt is longer, so a pass has a bound
     passes = [build_prompts(texts[i:i + n], images[i:i + n], run.tokenizer, run.image_processor, run.sampler,
                             first=i) for i in range(0, B, n)]
-    return SimpleNamespace(indices=indices, rows=rows, texts=texts, passes=passes)
+    return SimpleNamespace(rows=rows, images=images, texts=texts, passes=passes)
 
 
 # ---- Step 2: encode images and prompts once, and sample G completions of each ----------------------------
@@ -178,9 +176,9 @@ def encode(model, prompts):
 
 
 def token_logps(model, hidden, temperature):
-    """(..., H) hidden states -> (..., V) log-probabilities over the vocabulary. Sampling and scoring share the
-    temperature (which the paper's code ignores when scoring) and `model.suppressed`, (V,) bool, the tokens
-    that are never sampled. Otherwise the policy that is trained would not be the one that was rewarded."""
+    """(..., H) hidden states -> (..., V) log-probabilities over the vocabulary. Sampling and scoring share
+    temperature and `model.suppressed`, (V,) bool, the tokens that are never sampled. Otherwise the policy
+    that is trained would not be the one that was rewarded. (The paper's code scores without temperature.)"""
     logits = model.lm_head(hidden)
     # in place: with a vocabulary of 151,936 these are the largest tensors of all
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).div_(temperature)
@@ -190,7 +188,7 @@ def token_logps(model, hidden, temperature):
 
 @dataclass
 class Rollout:
-    """G completions of each prompt: completion i has prompt i // G. C is the length of the longest."""
+    """G completions of each prompt: completion i has prompt i // G."""
     completion_ids: torch.Tensor   # (N, C) padded on the right
     completion_mask: torch.Tensor  # (N, C) bool, True through the end token, which was sampled too
     sampling_logps: torch.Tensor   # (N, C) log-probability of each token when it was sampled
@@ -235,7 +233,8 @@ def sample(model, passes, num_generations, limit, temperature, generator=None):
 
 def draw_completions(run, cfg, step, batch):
     """G completions per prompt from the policy -> Rollout, with what they say."""
-    seed = seeded(cfg.seed, "sample", step, run.accelerator.process_index).getrandbits(63)
+    # seeded by seed, step and process alone, so a resumed run replays nothing
+    seed = random.Random(f"{cfg.seed}/sample/{step}/{run.accelerator.process_index}").getrandbits(63)
     generator = torch.Generator(run.sampler.device).manual_seed(seed)
     rollout = sample(run.sampler, batch.passes, cfg.num_generations, cfg.max_completion_length,
                      cfg.temperature, generator)
@@ -257,11 +256,7 @@ def completion_text(prompt_text, completion_ids, tokenizer):
 
 
 def extract_answer(text):
-    """Text of the single answer block; None if there is none, or several, or it is empty.
-
-    >>> extract_answer("<think> two chairs </think> <answer> 2 </answer>")
-    '2'
-    """
+    """Text of the single answer block; None if there is none, or several, or it is empty."""
     blocks = ANSWER_BLOCK.findall(text)
     if len(blocks) != 1 or text.count("<answer>") != 1 or text.count("</answer>") != 1:
         return None
@@ -296,11 +291,7 @@ def accuracy_reward(completion, answer, options, template="base", **_):
 
 
 def format_reward(completion, **_):
-    """1 if the completion is exactly one think block and then one non-empty answer block; else 0.
-
-    >>> format_reward("<think> hm </think> <answer> left </answer>"), format_reward("<answer> left </answer>")
-    (1.0, 0.0)
-    """
+    """1 if the completion is exactly one think block and then one non-empty answer block; else 0."""
     one_think_block = completion.count("<think>") == completion.count("</think>") == 1
     one_answer_block = extract_answer(completion) is not None
     return float(one_think_block and one_answer_block and bool(WELL_FORMED.fullmatch(completion)))
@@ -413,23 +404,21 @@ def weigh_tokens(lengths, finished, cfg):
 
 def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, token_weights,
               completion_mask, epsilon, epsilon_high, beta):
-    """The loss of K of the step's completions (arXiv 2402.03300, eq. 3), and, for logging, kl and a clip mask,
-    (K, C). *_logps, completion_mask: (K, C); advantages, token_weights: (K,).
+    """The loss of K of the step's completions (arXiv 2402.03300, eq. 3), and to log, kl and a clip mask (K, C).
+    *_logps, completion_mask: (K, C); advantages, token_weights: (K,).
 
-    Why it teaches: while pi is pi_old, the ratio is 1 and its gradient is that of log pi, so every token is
-    pushed up or down by its A. In a further update on the same rollout (num_iterations > 1) the samples are
-    from pi_old, an older policy. The ratio corrects for that while it is near 1. So the clip stops pushing a
-    token that has moved by epsilon in the direction of its A; the min still pushes one that has moved the
-    other way."""
+    While pi is pi_old, the ratio is 1 and its gradient is that of log pi: every token is pushed up or down by
+    its A. In a further update on the same rollout (num_iterations > 1) the samples are from pi_old, an older
+    policy. The ratio corrects for that while it is near 1. So the clip stops pushing a token that has moved
+    by epsilon in the direction of its A. The min still pushes one that has moved the other way."""
     A = advantages[:, None]                                                                       # (K, 1)
     # ratio = pi / pi_old
     ratio = (per_token_logps - old_per_token_logps).exp()                                         # (K, C)
     # -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A)
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))   # (K, C)
     per_token_loss = -torch.min(ratio * A, clipped * A)                                           # (K, C)
-    # kl = pi_ref / pi - log(pi_ref / pi) - 1, called k3. It is never negative, as exp(x) >= x + 1. Over tokens
-    # sampled from pi the mean of its value is KL(pi || pi_ref), and the mean of its gradient is the gradient
-    # of KL(pi_ref || pi)
+    # kl = pi_ref / pi - log(pi_ref / pi) - 1, called k3; never negative, as exp(x) >= x + 1. Over tokens from
+    # pi the mean of its value is KL(pi || pi_ref), and the mean of its gradient is that of KL(pi_ref || pi)
     kl = torch.zeros_like(ratio)
     if beta > 0:
         log_ref_over_pi = ref_per_token_logps - per_token_logps                                   # (K, C)
@@ -448,11 +437,10 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
        values and adds up there over chunks. Each chunk's graph is freed at once.
     2. One backward carries that sum through prompts and image tower to the weights.
 
-    This is the chain rule, cut at the keys and values, and exact. Memory holds the graph of one pass and of
-    one chunk. Both have a budget, so it grows with neither B nor G.
-
-    advantages, token_weights: (N,). ref_logps, old_logps: (N, C). old_logps None: pi_old is pi. (The sampler's
-    log-probabilities would bring rounding into the ratio.) Returns log-probabilities (N, C), and sums to log."""
+    This is the chain rule, cut at the keys and values, and exact. Memory holds the graphs of one pass and one
+    chunk. Both have a budget, so it grows with neither B nor G. advantages, token_weights: (N,). ref_logps,
+    old_logps: (N, C). old_logps None: pi_old is pi (the sampler's log-probabilities would bring rounding into
+    the ratio). Returns the policy's log-probabilities (N, C), and sums over tokens to log."""
     logps = torch.zeros_like(rollout.sampling_logps)                                              # (N, C)
     sums = dict.fromkeys(("loss", "entropy", "kl", "clip_ratio"), 0.0)
     for prompts in passes:
@@ -480,7 +468,7 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
 
 def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
     """Update the weights num_iterations times -> the policy's log-probabilities before that (N, C), and sums
-    over tokens and the gradient norm, to log. A norm that is not finite skips its update and ends the loop."""
+    and the gradient norm, to log. A norm that is not finite skips its update and ends the loop."""
     gather, count = run.accelerator.gather, run.accelerator.num_processes
     weights = weigh_tokens(gather(rollout.lengths), gather(rollout.finished), cfg).chunk(count)
     # * count: because the gradients of the processes are averaged
@@ -501,9 +489,7 @@ def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
 
 
 # ==== The algorithm ends here. What follows is the supporting code ========================================
-# Of what was used above, `build_prompts`, `chunks`, `PromptLayer` and the decoder come first.
-
-# ---- Prompts as the model takes them, chunks of completions, decoding ------------------------------------
+# Of what was used above, `build_prompts`, `chunks`, `PromptLayer` and `Decoder` come first.
 
 def build_prompts(texts, images, tokenizer, image_processor, model, first=0):
     """n texts from `render`, n lists of PIL images, which may be empty -> a pass (see `draw_batch`), on the
@@ -525,16 +511,16 @@ def build_prompts(texts, images, tokenizer, image_processor, model, first=0):
 
 
 def chunks(prompts, rollout, cfg):
-    """Split a pass's completions into chunks, shortest first. A chunk is one completion, or as many as times
-    their longest make at most score_tokens; it may mix groups. Yields the completions' indices in the rollout
-    (K,), the index of each one's prompt among the n (K,), completion_ids and completion_mask (K, C)."""
+    """Split a pass's completions into chunks, shortest first. A chunk is one completion, or as many as have
+    at most score_tokens tokens when padded; it may mix groups. Yields their indices in the rollout (K,), those
+    of their prompts among the n (K,), completion_ids and completion_mask (K, C)."""
     G, lengths, found = cfg.num_generations, rollout.lengths.tolist(), [[]]
     first = prompts.first * G
     for index in sorted(range(first, first + len(prompts.lengths) * G), key=lengths.__getitem__):
         if found[-1] and (len(found[-1]) + 1) * lengths[index] > cfg.score_tokens:
             found.append([])
         found[-1].append(index)
-    # a sharded model needs every process each time it runs: one with fewer chunks runs fully masked ones first
+    # a sharded model needs every process each time it runs: one with fewer chunks first runs masked ones
     masked = max(gather_object([len(found)])) - len(found)
     for number, chunk in enumerate(masked * [found[0][:1]] + found):
         indices, C = torch.tensor(chunk, device=rollout.lengths.device), lengths[chunk[-1]]       # (K,)
@@ -543,7 +529,7 @@ def chunks(prompts, rollout, cfg):
 
 
 class PromptLayer(DynamicLayer):
-    """A layer of the cache. Encoding stores the keys and values. Scoring (group: (K,), as in `score`) prepends
+    """A layer of the cache. Encoding stores keys and values. Scoring (group: (K,), as in `score`) prepends
     the prompts' to the new ones and stores nothing, since checkpointing calls it twice."""
     def __init__(self, keys=None, values=None, group=None):
         super().__init__()
@@ -551,7 +537,8 @@ class PromptLayer(DynamicLayer):
 
     def update(self, keys, values, *args, **kwargs):
         if self.group is not None:
-            return torch.cat([self.keys[self.group], keys], 2), torch.cat([self.values[self.group], values], 2)
+            return [torch.cat([prompts[self.group], new], 2)
+                    for prompts, new in ((self.keys, keys), (self.values, values))]
         self.keys, self.values = keys, values
         return keys, values
 
@@ -570,9 +557,9 @@ class Decoder:
         room += 8 - (longest + room) % 8  # a GPU copies a mask at each use unless 8 divides its row length
         repeat = lambda parts: torch.cat(parts).repeat_interleave(num_generations, 0)
         pad = lambda x: nn.functional.pad(x, (0, 0, 0, longest - x.shape[2]))
-        kv = (repeat([pad(x) for x in parts]) for parts in zip(*encoded))     # (N, kv_heads, P - 1, head_dim)
-        self.layers = [StaticLayer(longest + room) for _ in encoded[0][::2]]
-        for layer, keys, values in zip(self.layers, kv, kv):
+        kv = [repeat([pad(x) for x in parts]) for parts in zip(*encoded)]     # (N, kv_heads, P - 1, head_dim)
+        self.layers = [StaticLayer(longest + room) for _ in kv[::2]]
+        for layer, keys, values in zip(self.layers, kv[::2], kv[1::2]):
             layer.update(keys, values)
         lengths = repeat([prompts.lengths for prompts in passes])[:, None]                        # (N, 1)
         self.tokens = repeat([p.input_ids.gather(1, p.lengths[:, None] - 1) for p in passes])     # (N, 1)
@@ -624,14 +611,13 @@ class Decoder:
 
 # ---- Models ----------------------------------------------------------------------------------------------
 
-# The base prompt as a chat template, which checkpoints carry, so that a server asks as the policy was trained.
+# The base prompt as a chat template, which checkpoints carry: a server then asks as the policy was trained.
 # It names no roles, or the model would pass for an instruct model.
 SERVED_PROMPT = (
-    "{%- for turn in messages -%}{%- set parts = [{'type': 'text', 'text': turn.content}] if turn.content is "
-    "string else turn.content -%}{%- set images = parts | selectattr('type', 'equalto', 'image') | list -%}"
-    "{%- for image in images -%}{% if images | length > 1 %}Picture {{ loop.index }}: {% endif %}"
-    + IMAGE_TOKENS + "{%- endfor -%}" + TEMPLATES["base"].replace(
-        "{question}", "{% for part in parts if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '' }}")
+    "{%- for turn in messages -%}{%- for part in turn.content if part.type == 'image' -%}"
+    "{% if loop.length > 1 %}Picture {{ loop.index }}: {% endif %}" + IMAGE_TOKENS + "{%- endfor -%}"
+    + TEMPLATES["base"].replace("{question}", "{{ turn.content if turn.content is string }}{% for part in "
+                                "turn.content if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '' }}")
     + "{%- endfor -%}")
 
 
@@ -644,7 +630,7 @@ def load_processors(path, max_pixels=None):
 
 def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32):
     """Folder or hub id -> a Qwen-VL with two extra attributes. eos_ids: tokens that end a completion, the
-    tokenizer's first. suppressed, (V,) bool: the other special tokens, and vocabulary rows without a token."""
+    tokenizer's first. suppressed, (V,) bool: other special tokens, and vocabulary rows without a token."""
     with explained(f"cannot load a model from {path}"):
         kind = AutoConfig.from_pretrained(path).model_type
         if kind not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
@@ -665,8 +651,8 @@ def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32)
 
 
 def fast_vision(model):
-    """Embed patches by a matrix product: the convolution's kernel and stride are the patch, and Conv3d's backward
-    is slow. Returns the model."""
+    """Embed patches by a matrix product: the convolution's kernel and stride are the patch, and Conv3d's
+    backward is slow. Returns the model."""
     def embed_patches(self, pixels):
         weight = self.proj.weight.flatten(1)                                       # (dim, numbers of a patch)
         return nn.functional.linear(pixels.to(weight.dtype), weight, self.proj.bias)          # (patches, dim)
@@ -678,10 +664,9 @@ def fast_vision(model):
 
 def choose_prompt(tokenizer, prompt="auto"):
     """-> name of a template. auto, direct: instruct's if the chat template knows roles, else base's."""
-    has_roles = "role" in (tokenizer.chat_template or "")
-    if prompt.startswith("instruct") and not has_roles:
+    kind = "instruct" if "role" in (tokenizer.chat_template or "") else "base"
+    if prompt.startswith("instruct") and kind == "base":
         fail(f"--prompt {prompt}: the model has no chat template with roles. Leave it out.")
-    kind = "instruct" if has_roles else "base"
     return {"auto": kind, "direct": f"{kind}-direct"}.get(prompt, prompt)
 
 
@@ -727,9 +712,9 @@ def build_models(run, cfg, start):
             tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
     if run.policy is not run.master:
         sum_gradients(run.sampler, run.master)
-    model = run.policy.model
-    if cfg.gradient_checkpointing:  # recompute layers in the backward; transformers' switch disables the cache
-        for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
+    model = run.policy.model.model
+    if cfg.gradient_checkpointing:  # recompute layers in the backward; transformers' switch disables caches
+        for layer in [*model.language_model.layers, *model.visual.blocks]:
             layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
@@ -757,19 +742,19 @@ def make_accelerator(cfg):
 def shard(run, cfg):
     """Fully sharded data parallel: weights, gradients and optimizer state, in float32, over the processes.
     Layers compute in `compute_dtype`; gradients are summed in float32. (accelerate's "bf16" sums in bf16.)"""
-    state, on_gpu = run.accelerator.state, run.accelerator.device.type == "cuda"
-    dtype = compute_dtype(run.accelerator.device)
+    state, dtype = run.accelerator.state, compute_dtype(run.accelerator.device)
+    sums = torch.promote_types(dtype, torch.float32)
+    precision = MixedPrecisionPolicy(dtype, reduce_dtype=sums, cast_forward_inputs=False)
+    offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cfg.cpu_offload else False
     state.distributed_type = DistributedType.FSDP  # by hand: accelerate's argument would give a CPU DDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
         fsdp_version=2, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False,
         transformer_cls_names_to_wrap=sorted(run.master.model._no_split_modules),
-        mixed_precision_policy=MixedPrecisionPolicy(dtype, torch.promote_types(dtype, torch.float32),
-                                                    cast_forward_inputs=False),
-        cpu_offload=CPUOffloadPolicy(pin_memory=on_gpu) if cfg.cpu_offload else False)
+        mixed_precision_policy=precision, cpu_offload=offload)
 
     def lead_on(module, inputs, output):
-        """FSDP gathers a layer's weights for its backward when the gradient of its output arrives. For encoded
-        prompts the last layer's output is unused, so 0 * output is added to its values."""
+        """FSDP gathers a layer's weights for its backward when the gradient of its output arrives. Encoded
+        prompts do not use the last layer's output, so 0 * output is added to its values."""
         last = output.past_key_values.layers[-1]
         if last.group is None:
             last.values = last.values + 0 * output.last_hidden_state[0, 0, 0]
@@ -780,11 +765,11 @@ def shard(run, cfg):
 
 
 def sum_gradients(model, master):
-    """Sum the gradients of several backwards in float32: whenever one leaves a gradient on a weight of `model`,
-    add it to the gradient of master's weight, and free it. From GPU to CPU it goes through one pinned buffer."""
-    buffer = None
+    """Sum the gradients of several backwards in float32: when one leaves a gradient on a weight of `model`,
+    add it to the gradient of master's weight, and free it. To the CPU it goes through one pinned buffer."""
+    buffer, weights = None, list(model.parameters())
     if model.device != master.model.device:
-        buffer = torch.empty(max(weight.numel() for weight in model.parameters()), pin_memory=True)
+        buffer = torch.empty(max(weight.numel() for weight in weights), pin_memory=True)
 
     def add(own, weight):
         gradient, weight.grad = weight.grad.to(own.dtype), None
@@ -793,14 +778,14 @@ def sum_gradients(model, master):
         own.grad = torch.zeros_like(own) if own.grad is None else own.grad
         own.grad += gradient
 
-    for weight, own in zip(model.parameters(), master.parameters(), strict=True):
+    for weight, own in zip(weights, master.parameters(), strict=True):
         if weight.requires_grad:
             weight.register_post_accumulate_grad_hook(partial(add, own))
 
 
 def step_optimizer(run, cfg):
-    """Clip the gradient, move the float32 weights, and copy them into the sampler -> the norm before clipping.
-    If it is not finite, the weights stay as they are."""
+    """Clip the gradient, move the float32 weights, copy them into the sampler -> the norm before clipping. If
+    it is not finite, the weights stay as they are."""
     norm = nn.utils.clip_grad_norm_(run.master.parameters(), cfg.max_grad_norm or math.inf)
     norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     if math.isfinite(norm):
@@ -823,92 +808,80 @@ def refresh(sampler, master):
 
 # ---- Training data ---------------------------------------------------------------------------------------
 
-MARK = b"grpo_vision"  # in the metadata of a Parquet file from prepare_sat.py: a digest of the rows it checked
+MARK = b"grpo_vision"  # in the metadata of a Parquet file that prepare_sat.py has written and checked
 
 
 def open_image(image, where):
     """{"bytes", "path"} -> RGB PIL image as a viewer shows it: turned as its EXIF tag says, white where it is
     transparent. where: what to name if it cannot be read."""
-    with explained(f"{where}: its image cannot be read"):
-        picture = ImageOps.exif_transpose(Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]))
+    with explained(f"{where}: an image cannot be read"):
+        picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
+        picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
             picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
         return picture.convert("RGB")
 
 
-class TrainingData:
-    """The rows that prepare_sat.py wrote: data[index] is a dict with opened images."""
-    def __init__(self, path):
-        self.path = Path(path, "train.parquet") if Path(path).is_dir() else Path(path)
-        with explained(f"--data {self.path} cannot be read"):
-            self.table = pq.read_table(self.path)
-        if MARK not in (self.table.schema.metadata or {}):
-            fail(f"{self.path} is not from prepare_sat.py. Run: python prepare_sat.py --from {self.path}")
+def read_rows(run, path):
+    """Parquet file from prepare_sat.py, or folder with train.parquet -> the rows (dicts) whose prompts have
+    at most max_prompt_length tokens, with those of the images, of which only the headers are read."""
+    path, kept = Path(path, "train.parquet") if Path(path).is_dir() else Path(path), []
+    limit = run.cfg.max_prompt_length
+    with explained(f"--data {path} cannot be read"):
+        table = pq.read_table(path)
+    if MARK not in (table.schema.metadata or {}):
+        fail(f"{path} is not from prepare_sat.py. Convert it: python prepare_sat.py --from {path}")
+    for index, row in enumerate(tqdm(table.to_pylist(), "measuring prompts", leave=False)):
+        sizes = [Image.open(io.BytesIO(image["bytes"])).size for image in row["images"] or []]
+        if run.accelerator.num_processes > 1 and not sizes:
+            fail(f"{path}, row {index} has no image. Only one process can train on it.")
+        patches = sum(run.image_processor.get_number_of_image_patches(*size[::-1]) for size in sizes)
+        tokens = len(run.tokenizer(row_text(row, run.template, run.tokenizer)).input_ids) - len(sizes)
+        if tokens + patches // run.image_processor.merge_size**2 <= limit:
+            kept.append(row | {"row": index})
+    if not kept:
+        fail(f"--max_prompt_length {limit}: every prompt of {path} is longer. Raise it.")
+    run.accelerator.print(f"{path}: {len(kept)} of {table.num_rows} prompts have at most {limit} tokens")
+    return kept
 
-    def __getitem__(self, index):
-        row, = self.table.slice(index, 1).to_pylist()
-        where = f"{self.path}, row {index}"
-        return row | {"images": [open_image(image, where) for image in row["images"] or []]}
 
-    def keep_fitting(self, run, limit):
-        """Drop the rows whose prompt is longer than `limit` tokens, with those of its images by their headers."""
-        self.kept, rows = [], (row for part in self.table.to_batches(100) for row in part.to_pylist())
-        for index, row in enumerate(tqdm(rows, "measuring prompts", len(self.table), leave=False)):
-            sizes = [Image.open(io.BytesIO(image["bytes"])).size for image in row["images"] or []]
-            if run.accelerator.num_processes > 1 and not sizes:
-                fail(f"{self.path}, row {index} has no image. Only one process can train on it.")
-            patches = sum(run.image_processor.get_number_of_image_patches(*size[::-1]) for size in sizes)
-            text = run.tokenizer(row_text(row, run.template, run.tokenizer)).input_ids
-            if len(text) - len(sizes) + patches // run.image_processor.merge_size**2 <= limit:
-                self.kept.append(index)
-        if not self.kept:
-            fail(f"--max_prompt_length {limit}: every prompt of {self.path} is longer. Raise it.")
-
-    def draw(self, seed, first, count):
-        """Places first .. first + count - 1 of an endless walk over the kept rows, shuffled anew in each epoch
-        -> indices. They depend on their places alone, so a resumed run needs no saved state."""
-        n, last = len(self.kept), first + count - 1
-        epochs = range(first // n, last // n + 1)
-        walks = {epoch: seeded(seed, "epoch", epoch).sample(self.kept, n) for epoch in epochs}
-        return [walks[i // n][i % n] for i in range(first, last + 1)]
+def draw_rows(rows, seed, first, count):
+    """-> places first .. first + count - 1 of an endless walk over the rows, shuffled anew in each epoch.
+    They depend on their places alone, so a resumed run needs no saved state."""
+    n, last = len(rows), first + count - 1
+    epochs = range(first // n, last // n + 1)
+    walks = {epoch: random.Random(f"{seed}/epoch/{epoch}").sample(range(n), n) for epoch in epochs}
+    return [rows[walks[i // n][i % n]] for i in range(first, last + 1)]
 
 
 # ---- What a step measured --------------------------------------------------------------------------------
 
-def summarise(run, step, came):
-    """What a step produced -> its metrics, and its completions as records, both over all processes."""
+def log_step(run, step, came):
+    """Append what a step measured, over all processes, to metrics.jsonl, and print a line. A gradient that is
+    not finite ends the run. came.samples becomes the step's completions, as records."""
     rollout, batch, G = came.rollout, came.batch, len(came.rollout.texts) // len(came.batch.rows)
-    samples = gather_object([
-        {"step": step, "row": batch.indices[i // G], "prompt": batch.texts[i // G], "completion": text,
-         "answer": batch.rows[i // G]["answer"], "length": int(rollout.lengths[i]),
-         "finished": bool(rollout.finished[i]),
+    came.samples = samples = gather_object([
+        {"step": step, "row": batch.rows[i // G]["row"], "prompt": batch.texts[i // G], "completion": text,
+         "length": int(rollout.lengths[i]), "finished": bool(rollout.finished[i]),
          **{f"rewards/{name}": values[i].item() for name, values in came.rewards.items()},
          "reward": sum(values[i].item() for values in came.rewards.values()),
          "advantage": came.advantages[i].item()} for i, text in enumerate(rollout.texts)])
-    sums = gather_object([came.sums])
-    average = lambda name: mean(sample[name] for sample in samples)
-    tokens, rewards = sum(sample["length"] for sample in samples), [sample["reward"] for sample in samples]
+    sums, column = gather_object([came.sums]), lambda name: [sample[name] for sample in samples]
+    rewards, tokens = column("reward"), sum(column("length"))
     groups = [rewards[i:i + G] for i in range(0, len(rewards), G)]
-    seconds = {f"seconds/{name}": end - begin for name, begin, end in
-               zip(("rollout", "reference", "update"), came.clock, came.clock[1:])}
     metrics = {"step": step, "loss": mean(part.pop("loss") for part in sums),
                "grad_norm": [part.pop("grad_norm") for part in sums][0],
                "sampler_mismatch_max": max(part.pop("sampler_mismatch_max", 0) for part in sums),
                **{name: sum(part[name] for part in sums) / tokens for name in sums[0]},
-               **{name: average(name) for name in samples[0] if name.startswith("reward")},
+               **{name: mean(column(name)) for name in samples[0] if name.startswith("reward")},
                "reward_std": mean(stdev(group) if G > 1 else 0.0 for group in groups),
                "frac_reward_zero_std": mean(max(group) == min(group) for group in groups),
                "completions/mean_length": tokens / len(samples),
-               "completions/clipped_ratio": 1 - average("finished"),
-               "learning_rate": run.optimizer.param_groups[0]["lr"], **seconds}
-    return metrics, samples
-
-
-def log_step(run, step, came):
-    """Append what a step measured to metrics.jsonl, and print a line -> its completions, as records. A gradient
-    that is not finite ends the run."""
-    metrics, samples = summarise(run, step, came)
+               "completions/clipped_ratio": 1 - mean(column("finished")),
+               "learning_rate": run.optimizer.param_groups[0]["lr"],
+               **{f"seconds/{name}": end - begin for name, begin, end in
+                  zip(("rollout", "reference", "update"), came.clock, came.clock[1:])}}
     if not math.isfinite(metrics["grad_norm"]):
         append_jsonl(run.output_dir / "bad_batch.jsonl", samples)
         fail(f"step {step}: gradient norm {metrics['grad_norm']}. Lower --learning_rate, then --resume. The "
@@ -916,14 +889,12 @@ def log_step(run, step, came):
     run.accelerator.log(metrics, step=step)
     if run.accelerator.is_main_process:
         append_jsonl(run.output_dir / "metrics.jsonl", [metrics])
-        shown = [f"{name} {metrics[f'rewards/{name}']:.2f}" for name in came.rewards]
-        tqdm.write("  ".join([f"step {step:4d}", f"reward {metrics['reward']:.2f}", *shown,
-                              f"length {metrics['completions/mean_length']:.1f}", f"kl {metrics['kl']:.3f}",
-                              f"{came.clock[-1] - came.clock[0]:.1f} s"]))
-    return samples
+        names = ["reward", *(f"rewards/{name}" for name in came.rewards), "completions/mean_length", "kl"]
+        shown = [f"{name.split('/')[-1]} {metrics[name]:.2f}" for name in names]
+        tqdm.write("  ".join([f"step {step:4d}", *shown, f"{came.clock[-1] - came.clock[0]:.1f} s"]))
 
 
-# ---- Small things, and the files of a run ----------------------------------------------------------------
+# ---- The files of a run ----------------------------------------------------------------------------------
 
 def fail(message):
     """Exit (code 1) with one sentence where a traceback would not help the user."""
@@ -946,23 +917,10 @@ def now():
     return time.perf_counter()
 
 
-def seeded(*key):
-    """A Random seeded by `key` alone, say (seed, "sample", step, rank): a resumed run replays nothing."""
-    return random.Random("/".join(map(str, key)))
-
-
 def append_jsonl(path, records):
     with explained(f"cannot write {path}. Free space, then the same command; training: --resume"):
         with open(path, "a") as file:
             file.writelines(json.dumps(record) + "\n" for record in records)
-
-
-def cut_log(path, step):
-    """Drop a log's lines after `step`: a run that was killed may have logged more than it saved."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-    if lines:
-        os.truncate(path, len(b"".join(kept)))
 
 
 def checkpoints(output_dir):
@@ -973,22 +931,7 @@ def checkpoints(output_dir):
 
 def training_state(run):
     """What resuming needs, for torch.distributed.checkpoint: the float32 weights and AdamW's state."""
-    weights = get_model_state_dict(run.master)
-    if run.sampler.config.tie_word_embeddings:
-        del weights["model.lm_head.weight"]  # the same as the embedding
-    return dict(weights=weights, optimizer=get_optimizer_state_dict(run.master, run.optimizer))
-
-
-def check_disk(run, cfg, done):
-    """Stop if the disk has less room than the rest of the run will take."""
-    saves = math.ceil(cfg.max_steps / cfg.save_steps) - done // cfg.save_steps
-    models = 1 + min(saves, cfg.save_total_limit or saves)  # with final/
-    # state/ has 12 bytes a weight: float32 and AdamW's two moments. A new one is complete before the old one goes
-    needed = run.sampler.num_parameters() * (models * run.sampler.dtype.itemsize + (1 if done else 2) * 12) / 1e9
-    free = shutil.disk_usage(run.output_dir).free / 1e9
-    if needed > free:
-        fail(f"{run.output_dir} has {free:.1f} GB left, and the run will save {needed:.1f} GB. Free space, lower "
-             "--save_total_limit, or choose another --output_dir.")
+    return dict(zip(("weights", "optimizer"), get_state_dict(run.master, run.optimizer)))
 
 
 def save(folder, run, with_state=False):
@@ -1002,12 +945,11 @@ def save(folder, run, with_state=False):
                 part.save_pretrained(temporary)
         run.accelerator.wait_for_everyone()
         if with_state:
-            dcp.save(training_state(run), checkpoint_id=temporary / "state",
-                     no_dist=run.accelerator.num_processes == 1)
+            dcp.save(training_state(run), checkpoint_id=temporary / "state")
     except Exception as error:  # a full disk raises many kinds
         shutil.rmtree(temporary, ignore_errors=True)
-        fail(f"cannot save {folder}: {str(error).strip().splitlines()[-1]}. Earlier ones are intact. Free space, "
-             f"then --resume --output_dir {run.output_dir}")
+        fail(f"cannot save {folder}: {str(error).strip().splitlines()[-1]}. Earlier ones are intact. Free "
+             f"space, then --resume --output_dir {run.output_dir}")
     run.accelerator.wait_for_everyone()
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)
@@ -1018,15 +960,28 @@ def save(folder, run, with_state=False):
             shutil.rmtree(old)
 
 
+def check_disk(run, cfg, done):
+    """Stop if the disk has less room than the rest of the run will take."""
+    saves = math.ceil(cfg.max_steps / cfg.save_steps) - done // cfg.save_steps
+    models = 1 + min(saves, cfg.save_total_limit or saves)  # with final/
+    # state/ has 12 bytes a weight, float32 and AdamW's two moments. A new one is complete before the old goes
+    a_weight = models * run.sampler.dtype.itemsize + (1 if done else 2) * 12
+    needed, free = run.sampler.num_parameters() * a_weight, shutil.disk_usage(run.output_dir).free
+    if needed > free:
+        fail(f"{run.output_dir} has {free / 1e9:.1f} GB left, and the run will save {needed / 1e9:.1f} GB. "
+             "Free space, lower --save_total_limit, or choose another --output_dir.")
+
+
 def claim(cfg):
-    """-> the run's folder, and a lock on it held while this process lives. Without --resume the folder must be
-    unused, so two runs that start at once get separate ones."""
+    """-> the run's folder, and a lock on it held while this process lives. Without --resume the folder must
+    be unused, so two runs that start at once get separate ones."""
     numbered = [RUNS / cfg.preset, *(RUNS / f"{cfg.preset}-{n}" for n in range(2, 1000))]
     for folder in [Path(cfg.output_dir)] if cfg.output_dir else numbered:
         with suppress(OSError):  # includes filelock's Timeout
+            # a run killed before it began may have left a lock
             if cfg.resume or not folder.exists() or {path.name for path in folder.iterdir()} <= {".lock"}:
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(folder / ".lock", blocking=False, is_singleton=True)  # a notebook may train again
+                lock = FileLock(folder / ".lock", blocking=False, is_singleton=True)  # in a notebook, too
                 return folder, lock.acquire().lock
     fail(f"--output_dir {folder} is not empty, in use or not writable. Choose another, or --resume.")
 
@@ -1038,11 +993,9 @@ TOY, RUNS = HERE / "toy", HERE / "runs"
 setting = lambda default, help: field(default=default, metadata={"help": help})
 
 
-
 @dataclass
 class Config:
     """The defaults are the paper's recipe. A preset, a resumed run and the command line override them."""
-    # what to train, on what
     preset: str = setting("toy", "a task with its settings, from PRESETS")
     model_name_or_path: str = setting("Qwen/Qwen2-VL-2B", "model to start from: a folder or a hub id")
     data: str = setting(f"{HERE}/data/sat", "Parquet file from prepare_sat.py, or folder with train.parquet")
@@ -1051,7 +1004,7 @@ class Config:
     seed: int = setting(0, "seed of data order and sampling")
     freeze: Literal["none", "vision", "llm"] = setting("none", "vision or llm: the part left untrained")
     # prompt and rollout
-    prompt: Literal["auto", "direct", *TEMPLATES] = setting("auto", "by the chat template; direct: no reasoning")
+    prompt: Literal["auto", "direct", *TEMPLATES] = setting("auto", "direct: without reasoning")
     max_prompt_length: int = setting(1024, "tokens, images included; longer prompts are dropped, never cut")
     max_pixels: int | None = setting(401408, "larger images are shrunk: 512 tokens of 28 x 28 pixels")
     prompts_per_step: int = setting(8, "B, questions per step, over all processes")
@@ -1067,12 +1020,11 @@ class Config:
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how token losses are averaged")
     scale_rewards: bool = setting(True, "divide advantages by the group's std (false: Dr. GRPO)")
     mask_truncated_completions: bool = setting(False, "ignore completions cut at the limit (DAPO)")
-    # optimizer
+    # optimizer and memory
     max_steps: int = setting(1500, "training steps, one rollout each")
     learning_rate: float = setting(1e-6, "AdamW's rate at the start")
     lr_scheduler_type: Literal["linear", "constant"] = setting("linear", "linear: falls to 0 at max_steps")
     max_grad_norm: float = setting(1.0, "the gradient is clipped to this norm; 0: never")
-    # memory
     encode_tokens: int = setting(8192, "prompt tokens per pass (one prompt at least)")
     score_tokens: int = setting(16384, "completion tokens per chunk (one completion at least)")
     gradient_checkpointing: bool = setting(True, "recompute layers instead of storing them")
@@ -1094,11 +1046,12 @@ PRESETS = {
                 eval_data=f"{TOY}/cvbench,{TOY}/test.parquet"),
     "sat": {},  # the paper's
 }
-# setting -> its minimum; nan fails every comparison
-LEAST = dict(temperature=0.01, beta=0, epsilon=0, epsilon_high=0, max_grad_norm=0, learning_rate=0,
-             eval_steps=0, num_generations=2, **dict.fromkeys(
-                 "prompts_per_step max_steps max_prompt_length max_completion_length num_iterations "
-                 "max_pixels encode_tokens score_tokens save_steps save_total_limit eval_limit".split(), 1))
+
+
+def in_full(path):
+    """Make an existing path absolute, so config.json works from any folder; keep a hub id as it is."""
+    full = Path(path).expanduser().absolute()
+    return str(full) if full.exists() else path
 
 
 def parse_config(argv=None, config_class=Config):
@@ -1107,54 +1060,43 @@ def parse_config(argv=None, config_class=Config):
     argv = sys.argv[1:] if argv is None else argv
     given, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     folder, saved = Path(given.output_dir or RUNS / given.preset).expanduser().absolute(), {}
-    if given.resume and not folder.exists():
-        print(f"--resume: nothing in {folder} yet; starting from the beginning.")
-    elif given.resume:
+    if given.resume and folder.exists():
         with explained(f"--resume: {folder} has no readable config.json of a run. Give a run's folder"):
             saved = json.loads((folder / "config.json").read_text())
+    elif given.resume:
+        print(f"--resume: nothing in {folder} yet; starting from the beginning.")
     preset = saved.get("preset", given.preset)
-    if preset not in PRESETS or saved.keys() - vars(given):
-        fail(f"--preset {preset} is none of {', '.join(PRESETS)}. recipes.py, or a script of your own, has more.")
-    parser.set_defaults(**PRESETS[preset] | saved)
+    defaults = PRESETS.get(preset, {}) | saved
+    if preset not in PRESETS or defaults.keys() - vars(given):
+        fail(f"--preset {preset} is none of {', '.join(PRESETS)}. recipes.py may have it: start that.")
+    parser.set_defaults(**defaults)
     cfg = config_class(**vars(parser.parse_args(argv)))
-    absolute = lambda path: str(Path(path).expanduser().absolute()) if Path(path).expanduser().exists() else path
     cfg.output_dir = str(folder) if cfg.output_dir or cfg.resume else None
-    cfg.model_name_or_path, cfg.data = absolute(cfg.model_name_or_path), absolute(cfg.data)
-    cfg.eval_data = ",".join(map(absolute, cfg.eval_data.split(",")))
+    cfg.model_name_or_path, cfg.data = in_full(cfg.model_name_or_path), in_full(cfg.data)
+    cfg.eval_data = ",".join(map(in_full, cfg.eval_data.split(",")))
     cfg.rewards = cfg.rewards.replace(" ", "")
-    for flag, least in LEAST.items():
-        if not least <= (least if getattr(cfg, flag) is None else getattr(cfg, flag)) < math.inf:
-            fail(f"--{flag} {getattr(cfg, flag)}: must be finite and >= {least}")
+    least = dict(num_generations=2, eval_steps=0, seed=-math.inf, temperature=0.01)
+    for name, value in vars(cfg).items():
+        minimum = least.get(name, 1 if isinstance(value, int) else 0)
+        if type(value) in (int, float) and not minimum <= value < math.inf:  # False for nan, too
+            fail(f"--{name} {value}: must be finite and >= {minimum}")
     for name in cfg.rewards.split(","):
         if name not in REWARDS or cfg.prompt.endswith("direct") and name == "format":
-            fail(f"--rewards {name}: choose from {', '.join(REWARDS)} (recipes.py has more; --prompt direct asks for "
-                 "no format).")
+            fail(f"--rewards {name}: choose from {', '.join(REWARDS)} (recipes.py: more; --prompt direct: no "
+                 "format).")
     for name in saved.keys() - {"resume"}:
         if getattr(cfg, name) != saved[name]:
             print(f"--resume: {name} was {saved[name]} and is {getattr(cfg, name)} from here on")
             if name == "prompts_per_step":
-                fail("with another --prompts_per_step the run would lose its place in the data. Leave it out.")
+                fail("with another --prompts_per_step a run would lose its place in the data. Leave it out.")
     return cfg
 
 
 # ---- A run -----------------------------------------------------------------------------------------------
 
-def load_evaluation():
-    """eval_cvbench.py, if it lies beside this file. It evaluates while training, keeps completions and draws."""
-    try:
-        import eval_cvbench
-        return eval_cvbench
-    except ModuleNotFoundError as error:
-        if error.name != "eval_cvbench":
-            raise
-        print("eval_cvbench.py does not lie beside: no evaluation, completions.jsonl, curves.png or rollouts.html")
-        events = "on_init_end", "on_train_begin", "on_step_end", "on_save", "on_train_end"
-        return SimpleNamespace(**dict.fromkeys(events, lambda *_: None))
-
-
-def setup(cfg):
+def setup(cfg, evaluation):
     """-> everything a run needs, in one namespace, and the number of steps already done."""
-    run = SimpleNamespace(cfg=cfg, accelerator=make_accelerator(cfg), evaluation=load_evaluation())
+    run = SimpleNamespace(cfg=cfg, accelerator=make_accelerator(cfg))
     is_main, count = run.accelerator.is_main_process, run.accelerator.num_processes
     if is_main and cfg.resume:
         run.output_dir, run.lock = claim(cfg)
@@ -1163,41 +1105,42 @@ def setup(cfg):
     if cfg.resume and not last and Path(cfg.output_dir, "final").exists():
         fail(f"--resume: {cfg.output_dir} has no checkpoint left to resume from. Start a new run.")
     run.tokenizer, run.image_processor = load_processors(start, cfg.max_pixels)
-    run.template, run.data = choose_prompt(run.tokenizer, cfg.prompt), TrainingData(cfg.data)
+    run.template = choose_prompt(run.tokenizer, cfg.prompt)
     if run.template == "base":
         run.tokenizer.chat_template = SERVED_PROMPT
-    run.data.keep_fitting(run, cfg.max_prompt_length)
-    run.evaluation.on_init_end(run)
+    run.rows = read_rows(run, cfg.data)
+    evaluation.on_init_end(run)
     build_models(run, cfg, start)
     trained = [weight for weight in run.master.parameters() if weight.requires_grad]
     run.optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=0.0, fused=True)
     if count > 1:
         shard(run, cfg)
-    if is_main and not cfg.resume:
-        run.output_dir, run.lock = claim(cfg)
-    run.output_dir, = broadcast_object_list([run.output_dir if is_main else None])
     if last:
         with explained(f"--resume: {start}/state cannot be read"):
             state = training_state(run)  # its weights are master's own, so loading fills them
-            dcp.load(state, checkpoint_id=start / "state", no_dist=count == 1)
+            dcp.load(state, checkpoint_id=start / "state")  # however many processes saved it
             set_optimizer_state_dict(run.master, run.optimizer, state["optimizer"])
         refresh(run.sampler, run.master)
     if is_main:
+        if not cfg.resume:
+            run.output_dir, run.lock = claim(cfg)
         check_disk(run, cfg, done)
-        cut_log(run.output_dir / "metrics.jsonl", done)
+        if (log := run.output_dir / "metrics.jsonl").exists():  # a killed run may have logged more than it saved
+            os.truncate(log, len(b"".join(log.read_bytes().splitlines(keepends=True)[:done])))
         unfinished = run.output_dir / "config.json.tmp"
         unfinished.write_text(json.dumps(asdict(cfg), indent=2))
         unfinished.replace(run.output_dir / "config.json")
+    run.output_dir, = broadcast_object_list([run.output_dir if is_main else None])
     run.accelerator.print(
-        f"{run.output_dir}: {run.sampler.num_parameters() / 1e6:.1f}M parameters on {count} x {run.sampler.device.type} in "
-        f"{run.sampler.dtype}, {len(run.data.kept)} of {len(run.data.table)} questions, prompt {run.template}")
+        f"{run.output_dir}: {run.sampler.num_parameters() / 1e6:.1f}M parameters, {run.sampler.dtype}, {count} x "
+        f"{run.sampler.device.type}; prompt {run.template}; steps {done + 1} to {cfg.max_steps}")
     return run, done
 
 
 @contextmanager
 def stop_signals():
-    """Yields a list that Ctrl-C, SIGTERM or SIGUSR1 fills, so that the step can end and be saved. The old handler
-    is back for the next one, and at the end."""
+    """Yields a list that Ctrl-C, SIGTERM or SIGUSR1 fills, so that the step can end and be saved. The old
+    handler is back for the next one, and at the end."""
     asked, old = [], {}
 
     def ask(number, frame):
@@ -1214,27 +1157,34 @@ def stop_signals():
 
 
 def train(cfg, train_step=train_step):
-    """A run from its settings to its final/. train_step: another one makes another algorithm (recipes.py)."""
+    """A run, from its settings to its final/. Another train_step makes another algorithm: see recipes.py."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    run, done = setup(cfg)
-    run.evaluation.on_train_begin(run, done)
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, on purpose
+    if importlib.util.find_spec("eval_cvbench"):
+        import eval_cvbench as evaluation
+    else:
+        events = "on_init_end", "on_train_begin", "on_step_end", "on_save", "on_train_end"
+        evaluation = SimpleNamespace(**dict.fromkeys(events, lambda *_: None))
+        print("eval_cvbench.py is not here: no evaluation, completions.jsonl, curves.png or rollouts.html")
+    run, done = setup(cfg, evaluation)
+    evaluation.on_train_begin(run, done)
     with stop_signals() as asked:
         for step in tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
                          disable=not run.accelerator.is_main_process):
             came = train_step(run, cfg, step)
-            came.samples = log_step(run, step + 1, came)
-            run.evaluation.on_step_end(run, step + 1, came)
+            log_step(run, step + 1, came)
+            evaluation.on_step_end(run, step + 1, came)
             last, stopping = step + 1 == cfg.max_steps, any(gather_object([bool(asked)]))
             if (step + 1) % cfg.save_steps == 0 or last or stopping:
                 save(run.output_dir / f"checkpoint-{step + 1}", run, with_state=True)
-                run.evaluation.on_save(run)
+                evaluation.on_save(run)
             if stopping and not last:
-                run.accelerator.print(f"stopped and saved after step {step + 1}; to resume, rerun with --resume "
-                                      f"--output_dir {run.output_dir}")
+                run.accelerator.print(f"stopped and saved after step {step + 1}; to resume, rerun with "
+                                      f"--resume --output_dir {run.output_dir}")
                 return
         save(run.output_dir / "final", run)
-    run.evaluation.on_train_end(run)
+    evaluation.on_train_end(run)
 
 
 def main(argv=None):
