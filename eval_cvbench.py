@@ -26,6 +26,8 @@ import hashlib
 import html
 import io
 import json
+import os
+import random
 import re
 import shutil
 import sys
@@ -47,7 +49,7 @@ from tqdm import tqdm
 
 import grpo_vision as gv
 from grpo_vision import (ANSWER_BLOCK, HERE, PRESETS, RUNS, append_jsonl, choose, explained, extract_answer, fail,
-                         normalise, seeded)
+                         normalise)
 from recipes import math_reward
 
 # ---- The questions ---------------------------------------------------------------------------------------
@@ -75,7 +77,7 @@ def load_questions(path, limit=None):
     if missing := sorted(set(needed.split()) - rows[0].keys()):
         fail(f"{path} has no column {missing[0]!r} ({', '.join(rows[0])})")
     # sampled: files are sorted by task
-    for index in sorted(seeded("questions").sample(range(len(rows)), min(limit or len(rows), len(rows)))):
+    for index in sorted(random.Random("questions").sample(range(len(rows)), min(limit or len(rows), len(rows)))):
         where = f"{path}, row {index}"
         with explained(f"{where}: mend or remove it"):
             questions.append({"id": index, "where": where, **parse_row(rows[index], cvbench)})
@@ -159,7 +161,7 @@ def answer_questions(model, tokenizer, image_processor, questions, mode, done=()
         images = [[gv.open_image(image, q["where"]) for image in q["images"]] for q in batch]
         passes = [gv.build_prompts(texts[i:i + 8], images[i:i + 8], tokenizer, image_processor, model, first=i)
                   for i in range(0, len(batch), 8)]
-        number = seeded(seed, "answers", mode, batch[0]["id"]).getrandbits(63)
+        number = random.Random(f"{seed}/answers/{mode}/{batch[0]['id']}").getrandbits(63)
         generator = torch.Generator(model.device).manual_seed(number)
         rollout = gv.sample(model, passes, num_generations, max_new_tokens, temperature, generator)
         tokens = [ids[mask] for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
@@ -269,6 +271,14 @@ def read_jsonl(path):
     with explained(f"{path} has a line that is not JSON. Mend the file or move it away"):
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def cut_log(path, step):
+    """Drop a log's records after `step`: a run that was killed may have logged more than it saved."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    if lines:
+        os.truncate(path, sum(map(len, kept)))
 
 
 def write_text(path, text):
@@ -523,7 +533,7 @@ def write_report(folder, title, records, questions, data_path, most=25):
         if not right_answers(r) and r["id"] in asked:
             wrong[r["task"]].append(r)
     for task, some in wrong.items():
-        shown = sorted(seeded("report").sample(some, min(most, len(some))), key=lambda r: r["id"])
+        shown = sorted(random.Random("report").sample(some, min(most, len(some))), key=lambda r: r["id"])
         body.append(f"<h2>{html.escape(task)}: {len(some)} without a right answer, {len(shown)} of them shown</h2>")
         for r in shown:
             q, a = asked[r["id"]], r["answers"][0]
@@ -548,8 +558,8 @@ def on_train_begin(run, done):
     """Cut the logs to `done` steps, and evaluate the start."""
     if run.accelerator.is_main_process:
         for name in "completions.jsonl", "eval.jsonl", "rollouts.jsonl":
-            gv.cut_log(run.output_dir / name, done or -1)  # step 0 is evaluated anew
-        if legend := find_legend(run.data.path):
+            cut_log(run.output_dir / name, done or -1)  # step 0 is evaluated anew
+        if legend := find_legend(run.cfg.data):
             shutil.copy(legend, run.output_dir)
     if not done:
         evaluate_policy(run, 0)
@@ -586,7 +596,8 @@ def shown_groups(run, step, came, after, most=2):
                 name: [round(x, 4) for x in values[i, mask].tolist()]
                 for name, values in logps.items() if values is not None})
         yield {"step": step, "question": row["question"], "options": row["options"], "answer": row["answer"],
-               "images": [data_uri(image.copy()) for image in row["images"]], "completions": completions}
+               "images": [data_uri(image.copy()) for image in came.batch.images[group[0] // G]],
+               "completions": completions}
 
 
 def on_save(run):

@@ -306,9 +306,9 @@ def compute_rewards(cfg, rollout, rows, template):
     """The rollout's N completions of B data rows -> {name of a reward: (N,) float32}."""
     rewards, G = {}, len(rollout.texts) // len(rows)
     for name in cfg.rewards.split(","):
-        values = [REWARDS[name](completion=text, num_tokens=length, template=template,
-                                max_completion_length=cfg.max_completion_length, **rows[i // G])
-                  for i, (text, length) in enumerate(zip(rollout.texts, rollout.lengths.tolist()))]
+        values = [REWARDS[name](**rows[i // G] | dict(
+            completion=text, num_tokens=length, max_completion_length=cfg.max_completion_length, template=template))
+            for i, (text, length) in enumerate(zip(rollout.texts, rollout.lengths.tolist()))]
         numbers = [value if isinstance(value, (int, float)) else math.nan for value in values]
         rewards[name] = torch.tensor(numbers, dtype=torch.float32, device=rollout.lengths.device)  # (N,)
         if not rewards[name].isfinite().all():
@@ -680,6 +680,12 @@ class Policy(nn.Module):
         return function(self.model, *arguments)
 
 
+def checkpoint_layers(model):
+    """Recompute each layer in the backward. transformers' own switch would disable the cache."""
+    for layer in [*model.model.language_model.layers, *model.model.visual.blocks]:
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+
+
 def compute_dtype(device):
     """What models compute in: float32 on a CPU, bfloat16 on a GPU."""
     if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -712,10 +718,8 @@ def build_models(run, cfg, start):
             tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
     if run.policy is not run.master:
         sum_gradients(run.sampler, run.master)
-    model = run.policy.model.model
-    if cfg.gradient_checkpointing:  # recompute layers in the backward; transformers' switch disables caches
-        for layer in [*model.language_model.layers, *model.visual.blocks]:
-            layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
+    if cfg.gradient_checkpointing:
+        checkpoint_layers(run.policy.model)
 
 
 # ---- The float32 weights: on one GPU beside the model, with several processes sharded by FSDP2 -----------

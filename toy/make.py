@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from grpo_vision import IMAGE_TOKENS, TEMPLATES, build_question, fail, fast_vision, set_threads
+from grpo_vision import IMAGE_TOKENS, TEMPLATES, build_question, fail, fast_vision
 from prepare_sat import SAT_FEATURES, write_parquet
 
 # ---- The world: two to four coloured shapes on a 3 x 3 grid, each near or far ----------------------------
@@ -406,7 +406,7 @@ def train_base(path, rng, seen, seed, school=SCHOOL):
     processor = Qwen2VLImageProcessor(size={"shortest_edge": 3136, "longest_edge": 12845056})
     torch.manual_seed(seed)
     model = fast_vision(build_model(tokenizer))
-    set_threads(model)
+    torch.set_num_threads(1)  # a second one would only wait
     encode = cache(lambda text: tokenizer(text)["input_ids"])
     image_tokens = encode(IMAGE_TOKENS.replace("<|image_pad|>", "<|image_pad|>" * 9))
     is_image = (torch.tensor([image_tokens]) == model.config.image_token_id).int()
