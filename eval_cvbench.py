@@ -571,7 +571,7 @@ def on_step_end(run, step, came):
     if run.accelerator.is_main_process:
         append_jsonl(run.output_dir / "completions.jsonl", came.samples)
     if is_last or step & (step - 1) == 0:
-        after = gv.score_rollout(run.policy, came.batch.passes, came.rollout, run.cfg)            # (N, C)
+        after = gv.score_rollout(run.policy, came.batch.passes, came.rollout, came.cfg)           # (N, C)
         if run.accelerator.is_main_process:
             append_jsonl(run.output_dir / "rollouts.jsonl", shown_groups(run, step, came, after))
     if run.eval_sets and (step % run.cfg.eval_steps == 0 or is_last):
@@ -581,7 +581,7 @@ def on_step_end(run, step, came):
 def shown_groups(run, step, came, after, most=2):
     """-> records of a step's first `most` groups, those with spread first, for rollouts.html: the question, its
     images as addresses, and for each completion its tokens and their log-probabilities."""
-    G, N = run.cfg.num_generations, len(came.advantages)
+    G, N = came.cfg.num_generations, len(came.advantages)
     groups = [range(i, i + G) for i in range(0, N, G)]
     has_spread = lambda group: any(came.advantages[i] != 0 for i in group)
     for group in sorted(groups, key=has_spread, reverse=True)[:most]:

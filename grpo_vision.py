@@ -38,6 +38,7 @@ of them: data, models (`build_models`), optimizer. policy(encode, x) is encode(m
     python grpo_vision.py --preset sat                                # Qwen2-VL-2B on SAT, on one GPU
     accelerate launch --num_processes 8 grpo_vision.py --preset sat   # the same, sharded over eight GPUs
 """
+import hashlib
 import importlib.util
 import io
 import json
@@ -96,7 +97,7 @@ def train_step(run, cfg, step):
     # 6. the policy's log-probabilities, the loss and the update
     logps, sums = optimise(run, cfg, step, batch.passes, rollout, advantages, ref_logps)
     clock.append(now())
-    return SimpleNamespace(batch=batch, rollout=rollout, rewards=rewards, advantages=advantages,
+    return SimpleNamespace(cfg=cfg, batch=batch, rollout=rollout, rewards=rewards, advantages=advantages,
                            ref_logps=ref_logps, logps=logps, sums=sums, clock=clock)
 
 
@@ -717,7 +718,7 @@ def build_models(run, cfg, start):
         for tower in towers[cfg.freeze]:
             tower.requires_grad_(False)  # called; the paper's code assigns to the name, which freezes nothing
     if run.policy is not run.master:
-        sum_gradients(run.sampler, run.master)
+        sum_gradients(run.sampler, run.master, cfg.cpu_offload)
     if cfg.gradient_checkpointing:
         checkpoint_layers(run.policy.model)
 
@@ -737,7 +738,11 @@ def make_accelerator(cfg):
         # gloo on GPUs too: offloaded gradients are clipped on the CPU
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no")  # cpu: not a Mac's "mps"
+    tracker = None if cfg.report_to == "none" else cfg.report_to
+    # cpu: not a Mac's "mps"
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", log_with=tracker, project_dir=RUNS)
+    if tracker and not accelerator.log_with:
+        fail(f"--report_to {tracker} needs a library: pip install {tracker}")
     if cfg.prompts_per_step % accelerator.num_processes:
         fail(f"{accelerator.num_processes} processes cannot share --prompts_per_step {cfg.prompts_per_step}")
     return accelerator
@@ -768,16 +773,16 @@ def shard(run, cfg):
     run.policy, run.optimizer = run.master, optimizer.optimizer  # unwrapped, for torch.distributed.checkpoint
 
 
-def sum_gradients(model, master):
+def sum_gradients(model, master, cpu_offload):
     """Sum the gradients of several backwards in float32: when one leaves a gradient on a weight of `model`,
     add it to the gradient of master's weight, and free it. To the CPU it goes through one pinned buffer."""
-    buffer, weights = None, list(model.parameters())
-    if model.device != master.model.device:
-        buffer = torch.empty(max(weight.numel() for weight in weights), pin_memory=True)
+    weights = list(model.parameters())
+    buffer = torch.empty(max(weight.numel() for weight in weights) if cpu_offload else 0,
+                         dtype=torch.promote_types(model.dtype, torch.float32), pin_memory=torch.cuda.is_available())
 
     def add(own, weight):
         gradient, weight.grad = weight.grad.to(own.dtype), None
-        if buffer is not None:
+        if cpu_offload:
             gradient = buffer[:gradient.numel()].view_as(gradient).copy_(gradient)
         own.grad = torch.zeros_like(own) if own.grad is None else own.grad
         own.grad += gradient
@@ -820,6 +825,8 @@ def open_image(image, where):
     transparent. where: what to name if it cannot be read."""
     with explained(f"{where}: an image cannot be read"):
         picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
+        if picture.mode.startswith(("I", "F")):
+            raise ValueError("its greys are deeper than 8 bits")  # PIL would make them white or black
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
@@ -828,10 +835,9 @@ def open_image(image, where):
 
 
 def read_rows(run, path):
-    """Parquet file from prepare_sat.py, or folder with train.parquet -> the rows (dicts) whose prompts have
-    at most max_prompt_length tokens, with those of the images, of which only the headers are read."""
-    path, kept = Path(path, "train.parquet") if Path(path).is_dir() else Path(path), []
-    limit = run.cfg.max_prompt_length
+    """Parquet file from prepare_sat.py -> the rows (dicts) whose prompts have at most max_prompt_length tokens,
+    with those of the images, of which only the headers are read."""
+    kept, limit = [], run.cfg.max_prompt_length
     with explained(f"--data {path} cannot be read"):
         table = pq.read_table(path)
     if MARK not in (table.schema.metadata or {}):
@@ -864,7 +870,7 @@ def draw_rows(rows, seed, first, count):
 def log_step(run, step, came):
     """Append what a step measured, over all processes, to metrics.jsonl, and print a line. A gradient that is
     not finite ends the run. came.samples becomes the step's completions, as records."""
-    rollout, batch, G = came.rollout, came.batch, len(came.rollout.texts) // len(came.batch.rows)
+    rollout, batch, G = came.rollout, came.batch, came.cfg.num_generations
     came.samples = samples = gather_object([
         {"step": step, "row": batch.rows[i // G]["row"], "prompt": batch.texts[i // G], "completion": text,
          "length": int(rollout.lengths[i]), "finished": bool(rollout.finished[i]),
@@ -910,7 +916,7 @@ def explained(what):
     """A file that cannot be read or written ends the program with one sentence, whatever a library raises."""
     try:
         yield
-    except Exception as error:  # OSError, RuntimeError, SafetensorError, SyntaxError, struct.error ...
+    except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
         fail(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}")
 
 
@@ -934,8 +940,10 @@ def checkpoints(output_dir):
 
 
 def training_state(run):
-    """What resuming needs, for torch.distributed.checkpoint: the float32 weights and AdamW's state."""
-    return dict(zip(("weights", "optimizer"), get_state_dict(run.master, run.optimizer)))
+    """What resuming needs, for torch.distributed.checkpoint: the float32 weights, AdamW's state, and a digest of
+    the data and the model that the run began with."""
+    weights, optimizer = get_state_dict(run.master, run.optimizer)
+    return dict(weights=weights, optimizer=optimizer, begun=run.begun)
 
 
 def save(folder, run, with_state=False):
@@ -950,10 +958,11 @@ def save(folder, run, with_state=False):
         run.accelerator.wait_for_everyone()
         if with_state:
             dcp.save(training_state(run), checkpoint_id=temporary / "state")
-    except Exception as error:  # a full disk raises many kinds
+    except (Exception, dcp.api.CheckpointException) as error:  # a full disk raises many, and not all say so
+        free, reason = shutil.disk_usage(run.output_dir).free / 1e9, str(error).strip().splitlines()[-1]
         shutil.rmtree(temporary, ignore_errors=True)
-        fail(f"cannot save {folder}: {str(error).strip().splitlines()[-1]}. Earlier ones are intact. Free "
-             f"space, then --resume --output_dir {run.output_dir}")
+        fail(f"cannot save {folder} ({reason}). No space? {free:.1f} GB were free. Earlier checkpoints are "
+             f"intact. Free space, then --resume --output_dir {run.output_dir}")
     run.accelerator.wait_for_everyone()
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)
@@ -1067,16 +1076,18 @@ def parse_config(argv=None, config_class=Config):
     if given.resume and folder.exists():
         with explained(f"--resume: {folder} has no readable config.json of a run. Give a run's folder"):
             saved = json.loads((folder / "config.json").read_text())
+            given.preset = saved["preset"]
     elif given.resume:
         print(f"--resume: nothing in {folder} yet; starting from the beginning.")
-    preset = saved.get("preset", given.preset)
-    defaults = PRESETS.get(preset, {}) | saved
-    if preset not in PRESETS or defaults.keys() - vars(given):
-        fail(f"--preset {preset} is none of {', '.join(PRESETS)}. recipes.py may have it: start that.")
+    defaults = PRESETS.get(given.preset, {}) | saved
+    if (unknown := sorted(defaults.keys() - vars(given))) or given.preset not in PRESETS:
+        fail(f"--preset {given.preset} {' '.join(unknown)}: not in this script, but perhaps in recipes.py. Choose "
+             f"from: {', '.join(PRESETS)}.")
     parser.set_defaults(**defaults)
     cfg = config_class(**vars(parser.parse_args(argv)))
     cfg.output_dir = str(folder) if cfg.output_dir or cfg.resume else None
     cfg.model_name_or_path, cfg.data = in_full(cfg.model_name_or_path), in_full(cfg.data)
+    cfg.data += "/train.parquet" * Path(cfg.data).is_dir()
     cfg.eval_data = ",".join(map(in_full, cfg.eval_data.split(",")))
     cfg.rewards = cfg.rewards.replace(" ", "")
     least = dict(num_generations=2, eval_steps=0, seed=-math.inf, temperature=0.01)
@@ -1113,6 +1124,8 @@ def setup(cfg, evaluation):
     if run.template == "base":
         run.tokenizer.chat_template = SERVED_PROMPT
     run.rows = read_rows(run, cfg.data)
+    files = [Path(cfg.data), *sorted(Path(cfg.model_name_or_path).glob("*.safetensors"))]
+    run.begun = " ".join(hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files)
     evaluation.on_init_end(run)
     build_models(run, cfg, start)
     trained = [weight for weight in run.master.parameters() if weight.requires_grad]
@@ -1124,6 +1137,8 @@ def setup(cfg, evaluation):
             state = training_state(run)  # its weights are master's own, so loading fills them
             dcp.load(state, checkpoint_id=start / "state")  # however many processes saved it
             set_optimizer_state_dict(run.master, run.optimizer, state["optimizer"])
+        if state["begun"] != run.begun:
+            fail(f"--resume: {cfg.output_dir} began with other data or another model. Give those.")
         refresh(run.sampler, run.master)
     if is_main:
         if not cfg.resume:
@@ -1135,6 +1150,8 @@ def setup(cfg, evaluation):
         unfinished.write_text(json.dumps(asdict(cfg), indent=2))
         unfinished.replace(run.output_dir / "config.json")
     run.output_dir, = broadcast_object_list([run.output_dir if is_main else None])
+    run.accelerator.project_configuration.set_directories(run.output_dir)
+    run.accelerator.init_trackers("grpo_vision")
     run.accelerator.print(
         f"{run.output_dir}: {run.sampler.num_parameters() / 1e6:.1f}M parameters, {run.sampler.dtype}, {count} x "
         f"{run.sampler.device.type}; prompt {run.template}; steps {done + 1} to {cfg.max_steps}")
@@ -1186,9 +1203,11 @@ def train(cfg, train_step=train_step):
             if stopping and not last:
                 run.accelerator.print(f"stopped and saved after step {step + 1}; to resume, rerun with "
                                       f"--resume --output_dir {run.output_dir}")
-                return
-        save(run.output_dir / "final", run)
-    evaluation.on_train_end(run)
+                break
+        else:
+            save(run.output_dir / "final", run)
+            evaluation.on_train_end(run)
+    run.accelerator.end_training()
 
 
 def main(argv=None):

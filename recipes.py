@@ -16,10 +16,11 @@ Vision-R1 in three stages, as in its paper. Qwen2.5-VL-7B needs eight GPUs of 80
         --max_completion_length 8192 --num_generations 8
 """
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Literal
 
+import pyarrow.parquet as pq
 import torch
 
 import grpo_vision as gv
@@ -47,19 +48,20 @@ def given_completions(run, cfg, batch):
 
 
 def sft_step(run, cfg, step):
-    """`gv.train_step` with the data's completion in place of samples, and A = 1: step 6 then follows the gradient
+    """`gv.train_step` with one given completion in place of samples, and A = 1: step 6 then follows the gradient
     of log pi. The rewards are only logged."""
-    clock = [gv.now()]
+    clock, cfg = [gv.now()], replace(cfg, num_generations=1)
     batch = gv.draw_batch(run, cfg, step)
     rollout = given_completions(run, cfg, batch)
     rewards = gv.compute_rewards(cfg, rollout, batch.rows, run.template)
     advantages = torch.ones(len(batch.rows), device=rollout.lengths.device)                       # (B,)
     clock += [gv.now()] * 2
     logps, sums = gv.optimise(run, cfg, step, batch.passes, rollout, advantages, None)
-    rollout.sampling_logps = logps  # nothing was sampled
+    sums = {name: value for name, value in sums.items() if "mismatch" not in name}  # nothing was sampled
+    sums["nll"] = -logps.sum().item()
     clock.append(gv.now())
-    return SimpleNamespace(batch=batch, rollout=rollout, rewards=rewards, advantages=advantages, ref_logps=None,
-                           logps=logps, sums=sums, clock=clock)
+    return SimpleNamespace(cfg=cfg, batch=batch, rollout=rollout, rewards=rewards, advantages=advantages,
+                           ref_logps=None, logps=logps, sums=sums, clock=clock)
 
 
 # ---- Rewards for mathematics -----------------------------------------------------------------------------
@@ -105,10 +107,10 @@ def main(argv=None):
     cfg = gv.parse_config(argv, Config)
     if cfg.algorithm == "grpo":
         return gv.train(cfg)
-    # one completion and one update per prompt; nothing to stay close to
-    cfg.num_generations, cfg.num_iterations, cfg.beta, cfg.temperature = 1, 1, 0.0, 1.0
-    if cfg.prompt == "auto" and "completion" not in gv.TrainingData(cfg.data).table.column_names:
-        cfg.prompt = "direct"  # nothing but the answer to learn
+    cfg.num_iterations, cfg.beta, cfg.temperature = 1, 0.0, 1.0  # one update; nothing to stay close to
+    with gv.explained(f"--data {cfg.data} cannot be read"):
+        if cfg.prompt == "auto" and "completion" not in pq.read_schema(cfg.data).names:
+            cfg.prompt = "direct"  # nothing but the answer to learn
     gv.train(cfg, sft_step)
 
 
