@@ -943,6 +943,8 @@ def training_state(run):
     """What resuming needs, for torch.distributed.checkpoint: the float32 weights, AdamW's state, and a digest of
     the data and the model that the run began with."""
     weights, optimizer = get_state_dict(run.master, run.optimizer)
+    if run.sampler.config.tie_word_embeddings:
+        del weights["model.lm_head.weight"]  # the same as the embedding
     return dict(weights=weights, optimizer=optimizer, begun=run.begun)
 
 

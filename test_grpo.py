@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections import Counter
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -283,8 +284,10 @@ def small_run(world, sat):
 @pytest.fixture(scope="session")
 def train(small_run):
     """train(output_dir, *flags): the small run; flags override."""
-    return lambda output_dir, *more, main=g.main: main(
-        [*small_run, "--output_dir", str(output_dir), *map(str, more)])
+    def run(output_dir, *more, main=g.main):
+        main([*small_run, "--output_dir", str(output_dir), *map(str, more)])
+    run.flags = small_run
+    return run
 
 
 def jsonl(path, drop="seconds/"):
@@ -651,6 +654,29 @@ def test_tokens_are_drawn_from_the_models_distribution(world):
         g.sample(model, [world.each[0]], 1, 3, 1.0)
 
 
+def test_a_draw_among_150000_unlikely_tokens_finds_each_of_them(monkeypatch):
+    probabilities = torch.full((150_001,), 2.7e-8, dtype=torch.float64)  # less than float32 resolves beside 0.996
+    probabilities[0] = 1 - probabilities[1:].sum()
+    aimed = torch.randint(1, 150_000, (64,), generator=seed(0))
+    middles = (probabilities.cumsum(0) - probabilities / 2)[aimed]
+    decoder = SimpleNamespace(indices=torch.arange(64), step=lambda: None, feed=lambda *_: False)
+    monkeypatch.setattr(g, "Decoder", lambda *_: decoder)
+    monkeypatch.setattr(g, "token_logps", lambda *_: probabilities.log().expand(64, -1))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: middles[:, None])
+    model = SimpleNamespace(eos_ids=[0], device=torch.device("cpu"), dtype=torch.float64)
+    assert torch.equal(g.sample(model, [], 64, 1, 1.0).completion_ids[:, 0], aimed)
+
+
+def test_each_process_and_step_draws_for_itself(world):
+    def drawn(rank, step):
+        run = SimpleNamespace(sampler=world.model, tokenizer=world.tokenizer,
+                              accelerator=SimpleNamespace(process_index=rank))
+        batch = SimpleNamespace(passes=world.two_passes, texts=world.texts)
+        return g.draw_completions(run, g.Config(num_generations=G, max_completion_length=9), step, batch).texts
+
+    assert drawn(0, 0) == drawn(0, 0) and len({*map(tuple, (drawn(0, 0), drawn(1, 0), drawn(0, 1)))}) == 3
+
+
 def test_chunks_hold_every_row_once_within_the_budget(world):
     for number in range(50):
         lengths = torch.randint(1, 31, (12,), generator=seed(number))
@@ -680,6 +706,24 @@ def test_grpo_loss_by_hand():
     loss, _, clipped = g.grpo_loss(logps, old, ref, A, weights, mask, 0.2, 0.6, 0.1)  # 1.5 < 1.6 < 2
     assert loss.item() == pytest.approx((sum(rows) - 0.3 / 3 - (3.2 - 2.4)) / 4, abs=1e-7)
     assert (clipped & mask).nonzero().tolist() == [[1, 1], [2, 0]]
+
+
+def test_the_gradient_of_k3_is_that_of_the_other_kl():
+    """Its mean value over samples of pi is KL(pi || pi_ref). The mean of its gradient is that of KL(pi_ref || pi);
+    times the ratio, which is 1, it would be that of KL(pi || pi_ref)."""
+    logits = torch.tensor([0.3, -1.2, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
+    ref = torch.tensor([-0.5, 0.4, 0.2, 1.0]).double().log_softmax(0)
+    logps = logits.log_softmax(0)
+    pi, zeros, mask = logps.exp().detach(), torch.zeros(4).double(), torch.ones(4, 1).bool()
+    # each possible token is a completion, with its probability as weight
+    k3, kl, _ = g.grpo_loss(logps[:, None], logps.detach()[:, None], ref[:, None], zeros, pi, mask, 0.2, None, 1.0)
+    forward, reverse = (pi * (logps - ref)).sum(), (ref.exp() * (ref - logps)).sum()
+    grad = lambda loss: torch.autograd.grad(loss, logits, retain_graph=True)[0]
+    exact = grad((logps.exp() * (logps - ref)).sum())
+    assert k3.item() == pytest.approx(forward.item(), abs=1e-12)
+    assert torch.allclose(grad(k3), grad(reverse), atol=1e-12) and not torch.allclose(grad(k3), exact, atol=0.05)
+    weighted = (pi * (logps - logps.detach()).exp() * (torch.expm1(ref - logps) - (ref - logps))).sum()
+    assert torch.allclose(grad(weighted), exact, atol=1e-12)
 
 
 def test_the_group_worked_in_the_readme():
@@ -786,6 +830,96 @@ def test_sft_is_cross_entropy(world):
         assert ((ours[name] - p.grad).norm() / p.grad.norm()) < 1e-9, name
     short = recipes.given_completions(run, g.Config(max_completion_length=4), batch)
     assert short.lengths.tolist() == [len(targets[0]), 4] and not short.finished[1]
+
+
+# ---- bf16: what a GPU does, on a CPU ----------------------------------------------------------------------
+
+@pytest.fixture
+def bf16(monkeypatch):
+    """Models compute in bf16, as on a GPU: the float32 weights are another model."""
+    monkeypatch.setattr(g, "compute_dtype", lambda device: torch.bfloat16)
+
+
+def bf16_models(world, cpu_offload=False):
+    """-> a bf16 model and its float32 weights, as `build_models` makes them."""
+    model, master = (g.Policy(g.load_model(world.folder, world.tokenizer, dtype=dtype))
+                     for dtype in (torch.bfloat16, torch.float32))
+    model.model.eos_ids = ENDS
+    g.sum_gradients(model.model, master, cpu_offload)
+    return model, master
+
+
+def in_float32(rollout):
+    return g.Rollout(rollout.completion_ids, rollout.completion_mask, rollout.sampling_logps.float(), rollout.finished)
+
+
+@pytest.mark.parametrize("cpu_offload", [False, True])
+def test_gradients_of_many_chunks_add_up_in_float32(cpu_offload, world):
+    model, master = bf16_models(world, cpu_offload)
+    twin, parts = bf16_models(world)[0], {}
+
+    def keep(name, weight):  # each backward's gradient
+        parts.setdefault(name, []).append(weight.grad)
+        weight.grad = None
+
+    for name, weight in twin.named_parameters():
+        weight._post_accumulate_grad_hooks.clear()
+        weight.register_post_accumulate_grad_hook(partial(keep, name))
+    cfg, rollout = g.Config(num_generations=G, score_tokens=9), in_float32(world.rollout)
+    ref = rollout.sampling_logps
+    weights, A = g.weigh_tokens(rollout.lengths, rollout.finished, cfg).float(), torch.linspace(-2, 3, 12)
+    for _ in range(2):  # a second time into the same memory
+        for policy in model, twin:
+            g.update(policy, world.two_passes, rollout, A, weights, ref, None, cfg)
+        for name, own in master.named_parameters():
+            expected = sum(part.float() for part in parts[name])
+            assert len(parts[name]) >= 2 and own.grad.dtype == torch.float32
+            assert torch.allclose(own.grad, expected, rtol=1e-6, atol=1e-9), name
+            rounded = torch.zeros_like(parts[name][0])
+            for part in parts[name]:
+                rounded += part
+        assert not torch.allclose(own.grad, rounded.float(), rtol=1e-6, atol=1e-9)  # the control: sums in bf16
+        memory = {own.grad.data_ptr() for own in master.parameters()}
+        g.step_optimizer(SimpleNamespace(master=master, policy=model, sampler=model.model, optimizer=(
+            torch.optim.SGD(master.parameters(), lr=0))), g.Config())
+        assert memory == {own.grad.data_ptr() for own in master.parameters()}
+        assert all((own.grad == 0).all() for own in master.parameters())
+        parts.clear()
+
+
+def test_what_reaches_the_prompts_adds_up_in_float32(world, monkeypatch):
+    model, _ = bf16_models(world)
+    cfg, seen, backward = g.Config(num_generations=G, score_tokens=1, beta=0.0), [], torch.autograd.backward
+
+    def watched(tensors, gradients):
+        seen.append([x.clone() for x in gradients])
+        backward(tensors, gradients)
+
+    monkeypatch.setattr(torch.autograd, "backward", watched)
+    A, rollout = torch.linspace(-2, 3, 12), in_float32(world.rollout)
+    weights = g.weigh_tokens(rollout.lengths, rollout.finished, cfg).float()
+    for which in [torch.ones(12), *torch.eye(12)]:  # all completions; each of them alone
+        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss))
+        g.update(model, [world.pass_], rollout, A, weights * which, None, None, cfg)
+    whole, *alone = seen
+    for number, x in enumerate(whole):
+        assert torch.equal(x, sum(part[number].float() for part in alone).bfloat16())
+    rounded = alone[0][0].clone()
+    for part in alone[1:]:
+        rounded += part[0]
+    assert not torch.equal(whole[0], rounded)  # the control
+
+
+def test_what_samples_is_what_is_trained(world):
+    """The sampler's log-probabilities against those that are trained: in the same model, and, as is usual, under
+    autocast in one with float32 weights."""
+    model, master = bf16_models(world)
+    rollout, cfg = g.sample(model.model, [world.pass_], 8, 9, 1.0, seed(0)), g.Config(num_generations=8)
+    gap = lambda logps: (logps - rollout.sampling_logps)[rollout.completion_mask].abs().mean()
+    ours = gap(g.score_rollout(model, [world.pass_], rollout, cfg))
+    with torch.autocast("cpu", torch.bfloat16):
+        usual = gap(g.score_rollout(master, [world.pass_], rollout, cfg))
+    assert ours < 0.5 * usual
 
 
 # Every test up to here is mathematics: `pytest -m quick` runs these.
@@ -1184,7 +1318,105 @@ def test_grpo_without_thinking_takes_the_whole_completion_as_the_answer(train, t
     assert [s["rewards/accuracy"] for s in samples] == right and any(right)
 
 
+def test_bf16_with_float32_weights_beside_it_trains_saves_and_resumes(bf16, train, tmp_path, monkeypatch):
+    step, seen = g.step_optimizer, []
+
+    def watched(run, cfg):
+        before = [weight.clone() for weight in run.sampler.parameters()]
+        norm = step(run, cfg)
+        pairs = [*zip(run.sampler.parameters(), run.master.parameters(), before, strict=True)]
+        assert all(torch.equal(x, own.bfloat16()) and x.data_ptr() != own.data_ptr() for x, own, _ in pairs)
+        seen.append(sum(not torch.equal(x, old) for x, _, old in pairs))
+        return norm
+
+    monkeypatch.setattr(g, "step_optimizer", watched)
+    whole, again, offloaded = (tmp_path / name for name in ("whole", "again", "offloaded"))
+    train(whole, "--num_iterations", 2)
+    assert len(seen) == 6 and min(seen) > 20  # weights that moved
+    train(offloaded, "--num_iterations", 2, "--cpu_offload", "true")
+    train(again, "--num_iterations", 2, "--max_steps", 2, "--lr_scheduler_type", "constant")
+    for run in whole, again:  # a run's rate falls to 0 at its own end: begun anew at a constant one
+        shutil.rmtree(run)
+        train(run, "--num_iterations", 2, "--lr_scheduler_type", "constant", "--max_steps", 2 + (run == whole))
+    g.main(["--resume", "--output_dir", str(again), "--max_steps", "3"])
+    assert same_run(whole, again)
+    assert {x.dtype for x in weights_of(again / "final").values()} == {torch.bfloat16}
+    dcp_to_torch_save(again / "checkpoint-3/state", tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt")
+    assert {x.dtype for x in state["weights"].values()} == {torch.float32}
+    assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {6}
+    train(whole.with_name("linear"), "--num_iterations", 2)
+    assert same_run(whole.with_name("linear"), offloaded)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(train, tmp_path, monkeypatch):
+    train(tmp_path / "whole")
+    update, calls, models = g.update, [], []
+
+    def broken(policy, *args):
+        found = update(policy, *args)
+        calls.append(policy)
+        if len(calls) == 2:
+            models.append({name: weight.clone() for name, weight in policy.model.named_parameters()})
+            next(policy.parameters()).grad[0] = math.inf
+        return found
+
+    monkeypatch.setattr(g, "update", broken)
+    run = tmp_path / "run"
+    with stops("step 2", "gradient norm", "--learning_rate", "bad_batch.jsonl"):
+        train(run, "--num_iterations", 1)
+    assert all(torch.equal(weight, models[0][name]) for name, weight in calls[1].model.named_parameters())
+    assert len(jsonl(run / "metrics.jsonl")) == 1 and len(jsonl(run / "bad_batch.jsonl")) == 8
+    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    monkeypatch.setattr(g, "update", update)
+    train(run, "--resume")
+    assert same_run(run, tmp_path / "whole") and len(jsonl(run / "bad_batch.jsonl")) == 8
+    with stops("step 1", "gradient norm"):  # a further update on the same rollout is not tried
+        calls.clear()
+        monkeypatch.setattr(g, "update", lambda *args: broken(*args) if len(calls) < 2 else 1 / 0)
+        train(tmp_path / "three", "--num_iterations", 3)
+
+
+def test_a_disk_with_too_little_room_is_named_before_training(train, world, tmp_path, monkeypatch):
+    usage, weights = shutil.disk_usage, g.load_model(world.folder, world.tokenizer).num_parameters()
+
+    def with_room(room, *flags):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=room))
+        train(tmp_path / "run", *flags)
+
+    needed = weights * (4 * (3 + 1) + 2 * 12)  # three checkpoints and final/ in float32, two state/
+    with stops("GB left", "save", "--save_total_limit", "--output_dir"):
+        with_room(needed - 1)
+    assert not list((tmp_path / "run").glob("*.json*"))
+    with_room(needed, "--max_steps", 2)
+    with stops("GB left"):  # one more, final/ again, and a second state/
+        with_room(weights * (4 * 2 + 12) - 1, "--resume", "--max_steps", 3)
+    with_room(weights * (4 * 2 + 12), "--resume", "--max_steps", 3)
+    shutil.rmtree(tmp_path / "run")
+    with_room(weights * (4 * 2 + 2 * 12), "--save_total_limit", 1)
+
+
 # ---- Stopping and going on -------------------------------------------------------------------------------
+
+def test_the_second_signal_and_what_comes_after_a_run_get_the_old_handlers(train, tmp_path, monkeypatch):
+    numbers, got, step = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), [], g.train_step
+    old = {number: signal.signal(number, lambda number, _: got.append(number)) for number in numbers}
+    own = [signal.getsignal(number) for number in numbers]
+    try:
+        for number in numbers:
+            def signalled(*args, number=number):
+                os.kill(os.getpid(), number)
+                assert not got
+                os.kill(os.getpid(), number)
+                return step(*args)
+            g.train(g.parse_config(["--output_dir", str(tmp_path / str(number)), *train.flags]), signalled)
+            assert got == [number] and [signal.getsignal(number) for number in numbers] == own
+            assert [path.name for path in g.checkpoints(tmp_path / str(number))] == ["checkpoint-1"]
+            got.clear()
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
 
 def test_two_stages_are_one_run_and_resuming_is_bit_equal(train, tmp_path, capsys):
     whole, again = tmp_path / "whole", tmp_path / "again"
@@ -1452,7 +1684,7 @@ def test_all_modes_are_asked_in_the_papers_words(evaluate, evaluated, worlds, tm
         records = jsonl(folder / "answers.jsonl")
         assert [r["id"] for r in records] == [0, 1, 2, 3, 4] and {r["answer"] for r in records} == {"4"}
         assert [r["prompt"] for r in records] == [asked[mode](cvbench_text(n)) for n in (2, 3, 6, 4, 5)]
-        assert all(r["completion"].startswith("<think>") == (mode == "base-reasoning") for r in records)
+        assert all(r["answers"][0]["completion"].startswith("<think>") == (mode == "base-reasoning") for r in records)
 
 
 def test_held_out_and_free_questions_are_asked_as_in_training(sat, worlds, evaluate, tmp_path):
@@ -1466,8 +1698,9 @@ def test_held_out_and_free_questions_are_asked_as_in_training(sat, worlds, evalu
     write_rows(tmp_path / "free.parquet", dict(options=[], answer="$0.5$"))
     folder = evaluate(tmp_path / "results", "--data", tmp_path / "free.parquet")["base-reasoning"]
     assert json.loads((folder / "summary.json").read_text())["scores"]["total"]["chance"] == 0
-    record = jsonl(folder / "answers.jsonl")[0] | {"completion": r"<answer> \frac{1}{2} </answer>"}
-    assert eval_cvbench.with_verdict(record, False)["correct"]  # without options, by mathematics too
+    record = jsonl(folder / "answers.jsonl")[0]
+    record["answers"][0]["completion"] = r"<answer> \frac{1}{2} </answer>"
+    assert eval_cvbench.with_verdicts(record, False)["answers"][0]["correct"]  # by mathematics too
 
 
 def test_asking_streams_the_sampled_answer(world, tmp_path, capsys):
@@ -1500,11 +1733,18 @@ def test_a_served_base_model_gets_the_base_prompt(world):
 
 def answered(verdicts):
     """{source: [right or not]} -> records"""
-    return [{"task": "Depth" if source == "Omni3D" else "Count", "source": source, "correct": bool(right),
-             "options": list("abcd")[:2 if source == "Omni3D" else 4], "chosen": "a" if right else None,
-             "extracted": "(A)" if right else "a", "completion": "<answer>wait</answer>" if right else "",
-             "length": 10 + right, "finished": source != "COCO"}
+    return [{"task": "Depth" if source == "Omni3D" else "Count", "source": source,
+             "options": list("abcd")[:2 if source == "Omni3D" else 4], "answers": [{
+                 "correct": bool(right), "chosen": "a" if right else None, "length": 10 + right,
+                 "extracted": "(A)" if right else "a", "completion": "<answer>wait</answer>" if right else "",
+                 "finished": source != "COCO"}]}
             for source, rights in verdicts.items() for right in rights]
+
+
+def graded(*verdicts):
+    """-> records of questions with two options, each by the verdicts on its answers."""
+    return [{"answers": [{"correct": right} for right in rights], "options": "ab", "task": "t", "source": "s"}
+            for rights in verdicts]
 
 
 def test_scores_by_hand():
@@ -1519,21 +1759,61 @@ def test_scores_by_hand():
         "unparsed": 600 / 11, "truncated": 400 / 11, "letter only": 100, "one answer block": half,
         "reflection word": half, "mean length": 10 + 5 / 11})
     for right, low, high in (8, 49.02, 94.33), (0, 0, 27.75):  # Wilson's intervals of 8 and of 0 in 10
-        score = eval_cvbench.score_of([(1, [{"correct": i < right, "options": "ab"} for i in range(10)])])
+        score = eval_cvbench.score_of([(1, graded(*([i < right] for i in range(10))))])
         assert (score.low, score.high) == pytest.approx((low, high), abs=0.01)
 
 
 def test_the_interval_of_many_answers_is_the_normal_one_and_the_sign_test_counts_all_ways():
     shares = [(1 / 4, 0.9, 3000), (1 / 4, 0.8, 4000), (1 / 2, 0.2, 6000)]
-    found = eval_cvbench.score_of([(weight, [{"correct": i < p * n, "options": "ab"} for i in range(n)])
-                                   for weight, p, n in shares])
+    found = eval_cvbench.score_of([(weight, graded(*([i < p * n] for i in range(n)))) for weight, p, n in shares])
     error = 100 * sum(weight**2 * p * (1 - p) / n for weight, p, n in shares) ** 0.5
     assert [found.low, found.high] == pytest.approx([52.5 - 1.96 * error, 52.5 + 1.96 * error], abs=0.02)
     pairs = [(True, True)] * 6 + [(False, False)] * 4 + [(True, False)] * 3 + [(False, True)] * 9
-    a, b = ([{"correct": pair[i]} for pair in pairs] for i in (0, 1))
+    a, b = (graded(*([pair[i]] for pair in pairs)) for i in (0, 1))
     sums = [abs(sum(signs)) for signs in itertools.product((1, -1), repeat=12)]
     assert eval_cvbench.sign_test(a, b) == pytest.approx(sum(s >= 6 for s in sums) / 2**12)
     assert eval_cvbench.sign_test(a, b) == eval_cvbench.sign_test(b, a) and eval_cvbench.sign_test(a, a) == 1
+
+
+def test_pass_at_k_is_the_share_of_samples_of_k_that_hold_a_right_answer():
+    verdicts = [[True, False, False, False], [True, True, False, True], [False] * 4, [True] * 4]
+    scores = eval_cvbench.scores_of(graded(*verdicts))
+    assert [*scores][:3] == ["pass@1", "pass@2", "pass@4"] and scores["pass@1"].value == scores["total"].value == 50
+    for k in 1, 2, 4:
+        each = [sum(map(any, itertools.combinations(rights, k))) / math.comb(4, k) for rights in verdicts]
+        assert scores[f"pass@{k}"].value == pytest.approx(25 * sum(each))
+        assert scores[f"pass@{k}"].chance == pytest.approx(100 * (1 - 0.5**k))
+    # the interval is over questions: copies of an answer tell nothing new, 100 times as many questions do
+    interval = lambda records: eval_cvbench.scores_of(records)["total"][2:4]
+    assert interval(graded([True] * 4, [False] * 4)) == pytest.approx(interval(graded([True], [False])))
+    low, high = interval(graded(*verdicts * 100))
+    error = 100 * (sum((sum(rights) / 4 - 0.5) ** 2 for rights in verdicts) / 4 / 400) ** 0.5
+    assert (low, high) == pytest.approx((50 - 1.96 * error, 50 + 1.96 * error), abs=0.05)
+
+
+def test_several_answers_to_each_question_are_kept_together_and_resumed(evaluate, tmp_path, monkeypatch):
+    flags = "--num_generations 5 --temperature 1 --batch_size 10".split()
+    whole, append, asked = evaluate(tmp_path / "whole", *flags), eval_cvbench.append_jsonl, []
+    assert [*whole] == ["base-reasoning-pass@5"]
+    whole = contents(*whole.values())
+    records = [json.loads(line) for line in whole["answers.jsonl"].splitlines()]
+    assert [len(r["answers"]) for r in records] == [5] * 5
+    assert all(len({a["completion"] for a in r["answers"]}) > 1 for r in records)
+    assert [*json.loads(whole["summary.json"])["scores"]][:4] == ["pass@1", "pass@2", "pass@4", "pass@5"]
+
+    def killed(path, records):
+        append(path, records)
+        asked.extend(records)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(eval_cvbench, "append_jsonl", killed)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(tmp_path / "killed", *flags)
+    found, = evaluate(tmp_path / "killed", *flags).values()
+    assert len(asked) == 5 and contents(found) == whole  # the same samples as without the kill
+    with stops("--num_generations 5", "--temperature"):
+        evaluate(tmp_path / "none", "--num_generations", "5")
 
 
 def test_the_papers_rows_need_the_published_counts():
@@ -1565,7 +1845,7 @@ def test_a_killed_or_second_start_asks_what_is_missing(evaluate, evaluated, tmp_
         evaluate(tmp_path)
         assert len(asked) == 5 and contents(folder) == whole
     (folder / "answers.jsonl").write_text("{\n" + whole["answers.jsonl"])
-    with stops("answers.jsonl, line 1"):
+    with stops("answers.jsonl", "line", "not JSON"):
         evaluate(tmp_path)
 
 
@@ -1586,24 +1866,27 @@ def test_other_weights_settings_or_questions_have_a_folder_of_their_own(evaluate
     assert len(list((tmp_path / "results").iterdir())) == 7
 
 
-def test_regrading_and_comparing_take_files(evaluated, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(eval_cvbench, "load_model", None)  # none is needed
-    a, b, c = (tmp_path / name for name in ("a.jsonl", "b.jsonl", "c.jsonl"))
+def test_a_second_start_grades_anew_and_comparing_takes_files(evaluate, tmp_path, capsys):
     said = ["The answer is (B)", "<answer>4</answer>", "4", "<answer>2</answer> <answer>4</answer>", ""]
-    for mode, strict, right in (("base-direct", 1, [0, 0, 1, 0, 0]), ("base-reasoning", 0, [1, 1, 1, 1, 0]),
-                                ("base-reasoning", 1, [0, 1, 0, 0, 0])):
-        records = jsonl(evaluated[mode] / "answers.jsonl")
-        eval_cvbench.write_jsonl(a, [r | {"completion": text, "correct": None, "chosen": "?"}
-                                     for r, text in zip(records, said, strict=True)])
-        eval_cvbench.main(["--regrade", str(a), *["--strict"] * strict])
-        assert [r["correct"] for r in jsonl(a)] == right and "total" in capsys.readouterr().out
-    eval_cvbench.write_jsonl(b, [r | {"correct": r["id"] > 1} for r in jsonl(a)[1:]])
+    for name, strict, right in ("direct", 1, [0, 0, 1, 0, 0]), ("reasoning", 0, [1, 1, 1, 1, 0]), (
+            "reasoning", 1, [0, 1, 0, 0, 0]):
+        flags = ["--modes", name, *["--strict"] * strict]
+        file = next(iter(evaluate(tmp_path / f"{name}{strict}", *flags).values())) / "answers.jsonl"
+        records = jsonl(file)
+        for record, text in zip(records, said, strict=True):
+            record["answers"][0] |= {"completion": text, "correct": None, "chosen": "?"}
+        eval_cvbench.write_jsonl(file, records)
+        evaluate(tmp_path / f"{name}{strict}", *flags)
+        assert [r["answers"][0]["correct"] for r in jsonl(file)] == right
+    a, b, c = file, tmp_path / "b.jsonl", tmp_path / "c.jsonl"
+    verdict = lambda r: {"answers": [r["answers"][0] | {"correct": r["id"] > 1}]}
+    eval_cvbench.write_jsonl(b, [r | verdict(r) for r in jsonl(a)[1:]])
     eval_cvbench.write_jsonl(c, [r | {"question": "?"} for r in jsonl(b)])
+    capsys.readouterr()
     eval_cvbench.main(["--compare", str(a), str(b)])
     printed = capsys.readouterr().out
     assert re.search(r"4 questions; 1 .*    total +A +25.0 +B +75.0 +B - A \+50.0 +p = 0.62", printed, re.DOTALL)
-    all_stop(eval_cvbench.main, {f"--compare {a} {c}": "same questions", f"--regrade {b}.gz": "no answers",
-                                 f"--compare {a} {b}.gz": "b.jsonl.gz"})
+    all_stop(eval_cvbench.main, {f"--compare {a} {c}": "same questions", f"--compare {a} {b}.gz": "b.jsonl.gz"})
 
 
 def read_page(path):
@@ -1615,43 +1898,114 @@ def read_page(path):
     return opened, html.unescape(re.sub(r"<[^>]*>", "", page))
 
 
-def test_pages_are_self_contained_and_show_markup_as_text(cvbench, evaluated, trained, sat, tmp_path):
+def test_pages_are_self_contained_and_show_markup_as_text(cvbench, evaluated, trained, tmp_path):
     evil = "</pre></td></table><script>alert('x')</script><img src=x onerror=alert(1)> & <b> {body} %s"
     questions = [q | {"options": [evil]} for q in eval_cvbench.load_questions(str(cvbench))]
-    records = [r | {"completion": evil, "extracted": evil, "task": "Count <i>", "chosen": evil}
-               for r in jsonl(evaluated["base-direct"] / "answers.jsonl")]
+    records = [r | {"task": "Count <i>"} for r in jsonl(evaluated["base-direct"] / "answers.jsonl")]
+    for record in records:
+        record["answers"][0] |= {"completion": evil, "extracted": evil, "chosen": evil}
     for most in 2, 25:
         eval_cvbench.write_report(tmp_path, evil, records, questions, str(cvbench), most)
         tags, text = read_page(tmp_path / "report.html")
         assert tags["img"] == min(5, most) and not tags["script"] and not tags["b"] and not tags["i"]
+        assert f"5 without a right answer, {min(5, most)} of them shown" in text
     assert text.count(evil) >= 16
-    data = prepare_sat.TrainingData(sat)
-    data.table = data.table.map(lambda row: row | dict(question=evil, answer=evil, options=[evil] * 2))
-    data.path = tmp_path / "sat/train.parquet"
     picture(60, 60).save(tmp_path / "legend.png")
-    samples = [sample | {"completion": evil} for sample in jsonl(trained / "completions.jsonl")]
-    eval_cvbench.write_jsonl(tmp_path / "completions.jsonl", samples)
-    eval_cvbench.write_rollouts(tmp_path, data)
+    groups = jsonl(trained / "rollouts.jsonl")
+    for group in groups:
+        group |= dict(question=evil, answer=evil, options=[evil] * 2)
+        for completion in group["completions"]:
+            completion |= dict(tokens=[evil] * len(completion["tokens"]), prefill=evil)
+    eval_cvbench.write_jsonl(tmp_path / "rollouts.jsonl", groups)
+    eval_cvbench.write_rollouts(tmp_path)
     (tags, text), (usual, _) = read_page(tmp_path / "rollouts.html"), read_page(trained / "rollouts.html")
     assert text.count(evil) > 24 and len(usual) > 8
     assert tags - usual == Counter(img=1, p=1)  # the legend; else the same elements as with harmless text
 
 
+def test_a_run_is_drawn_again_from_its_folder_alone(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "moved")
+    for name in "curves.png", "rollouts.html":
+        (run / name).unlink()
+    eval_cvbench.main(["--draw", str(run)])
+    page = (run / "rollouts.html").read_text().replace(str(run), str(trained))
+    assert page == (trained / "rollouts.html").read_text()
+    assert (run / "curves.png").read_bytes() == (trained / "curves.png").read_bytes()
+    all_stop(eval_cvbench.main, {f"--draw {tmp_path}/none": f"--draw {tmp_path}/none"})
+
+
+def test_the_page_says_what_the_update_did_to_each_token(world, sat, train, tmp_path, monkeypatch):
+    """Against transformers' own model, of the start and of the checkpoint after each of the steps."""
+    shown, seen = eval_cvbench.shown_groups, []
+    keep = lambda run, step, came, after: seen.append((run, came)) or shown(run, step, came, after)
+    monkeypatch.setattr(eval_cvbench, "shown_groups", keep)
+    train(tmp_path / "run", "--rewards", "letters")
+    folders = [world.folder, *(tmp_path / f"run/checkpoint-{step}" for step in (1, 2, 3))]
+    models = [AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval() for folder in folders]
+    groups = jsonl(tmp_path / "run/rollouts.jsonl")
+    assert [group["step"] for group in groups] == [1, 1, 2, 2, 3, 3]  # 4, 8, ... and the last
+    for group, place in zip(groups, [0, 1] * 3):
+        run, came = seen[group["step"] - 1]
+        texts, pictures = [came.batch.texts[place]], [came.batch.images[place]]
+        prompt = g.build_prompts(texts, pictures, run.tokenizer, run.image_processor, world.model)
+        for one, i in zip(group["completions"], range(4 * place, 4 * place + 4)):
+            ids = came.rollout.completion_ids[i, came.rollout.completion_mask[i]]
+            whole = torch.cat([prompt.input_ids[0], ids])[None]
+            inputs = dict(input_ids=whole, pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw,
+                          mm_token_type_ids=(whole == world.model.config.image_token_id).int())
+            for name, model in dict(reference=models[0], before=models[group["step"] - 1],
+                                    after=models[group["step"]]).items():
+                with torch.no_grad():
+                    logits = model(**inputs).logits[0, len(prompt.input_ids[0]) - 1:-1]
+                logps = logits.masked_fill(world.model.suppressed, -1e30).log_softmax(-1)
+                expected = logps.gather(-1, ids[:, None])[:, 0].tolist()
+                assert one[name] == pytest.approx(expected, abs=2e-4)
+            assert one["tokens"] == [run.tokenizer.decode([token]) for token in ids.tolist()]
+        assert any(abs(after - before) > 1e-3 for one in group["completions"]
+                   for before, after in zip(one["before"], one["after"]))
+    page = (tmp_path / "run/rollouts.html").read_text()
+    first = groups[0]["completions"][0]
+    numbers = [math.exp(first[name][0]) for name in ("before", "after", "reference")]
+    assert 'data-p="before: {:.3f}\nafter: {:.3f}\nreference: {:.3f}"'.format(*numbers) in page
+
+
+# a fault in a row of CV-Bench's, and words of the sentence
+FAULTS = [
+    (dict(image=dict(bytes=NO_JPEG, path=None)), "read"), (dict(image=None), "image"),
+    (dict(image=dict(bytes=None, path="none.jpg")), "image"), (dict(answer="(D)"), "answer '(D)'"),
+    (dict(answer=None), "answer None"), (dict(answer="B"), "answer 'B'"), (dict(answer=""), "answer ''"),
+    (dict(choices=None), "answer"), (dict(choices=[]), "answer"), (dict(choices=["3", None]), "option"),
+    (dict(choices=["3", " "]), "option"), (dict(choices="['3', '4']"), "no list"), (dict(prompt=None), "question"),
+    (dict(answer=1), "answer 1"), (dict(answer=7.5), "answer 7.5")]
+
+
 def test_evaluation_data_with_faults_stops(cvbench, evaluate, tmp_path):
     table, cases = pq.read_table(cvbench / "test_2d.parquet"), {}
+    good, bad, *_ = table.to_pylist()
+    for number, (fault, words) in enumerate(FAULTS):
+        path = tmp_path / f"{number}.parquet"
+        pq.write_table(pa.Table.from_pylist([bad | fault]), path)
+        cases[f"--data {path}"] = f"{path}, row 0 {words}"
     pq.write_table(table.drop_columns(["prompt"]), tmp_path / "less.parquet")
-    for name, value, words in [("image", dict(bytes=NO_JPEG), ""), ("image", None, ": image"),
-                               ("answer", "(D)", ": its answer '(D)'"), ("answer", None, ": answer"),
-                               ("choices", None, ": choices")]:
-        good, bad, *more = table.to_pylist()
-        path = tmp_path / f"{len(cases)}.parquet"
-        pq.write_table(pa.Table.from_pylist([good, bad | {name: value}, *more], table.schema), path)
-        cases[f"--data {path}"] = f"{path}, row 1{words}"
+    pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
+    (tmp_path / "toy").mkdir()
+    shutil.copy(cvbench / "test_2d.parquet", tmp_path / "toy/test.parquet")
+    write_rows(tmp_path / "toy/train.parquet", {})
+    write_rows(tmp_path / "own.parquet", dict(answer=""), {})
+    (tmp_path / "file").write_text("")
     all_stop(lambda flags: evaluate(tmp_path / "results", *flags), cases | {
         "--modes instruct-direct": "--modes instruct-direct base-reasoning base-direct",
         "--temperature -1": "--temperature", "--top_p 0": "--top_p", "--limit 0": "--limit",
+        f"--data {tmp_path}/none.parquet": "none.parquet no rows", f"--data {tmp_path}/own.parquet": "row 0 answer",
+        f"--data {tmp_path}/toy": "toy training data test.parquet",
+        f"--output_dir {tmp_path}/file/x": "--output_dir written",
         f"--data {tmp_path}/less.parquet": "less.parquet 'prompt'", "--data no/such/file": "no/such/file"})
     assert not list((tmp_path / "results").rglob("answers*"))  # before the first answer
+    images = [dict(bytes=ONE, path=None)] * 2
+    rows = [bad | dict(image=images, choices=[3, 4], answer="(B)", task=7), good | dict(image=images[:1])]
+    pq.write_table(pa.Table.from_pylist([row | dict(choices=[3, 4], task=7) for row in rows]), tmp_path / "odd.parquet")
+    one, _ = eval_cvbench.load_questions(str(tmp_path / "odd.parquet"))
+    assert (one["options"], one["answer"], one["task"], len(one["images"])) == (["3", "4"], "4", "7", 2)
 
 
 # ---- The toy world ---------------------------------------------------------------------------------------

@@ -1,10 +1,10 @@
-"""What a run will hold in memory on each device, from the model's config.json alone: no weights are loaded.
+"""What a run will hold on each device and on the disk, from the model's config.json alone: no weights are loaded.
 
     python bench/plan.py --preset sat                           # Qwen2-VL-2B on one GPU
-    python bench/plan.py --preset vision-r1 --num_processes 8   # every flag of grpo_vision.py is taken
+    python bench/plan.py --preset vision-r1 --num_processes 8   # every flag of recipes.py is taken
     python bench/plan.py --check                                # beside measured growth, on the CPU
 
-The worst case is planned: prompts of --max_prompt_length, nearly all image, and completions of full length.
+The worst case is estimated: prompts of --max_prompt_length, nearly all image, and completions of full length.
 Python, the data and a GPU's own 1 to 2 GB come on top. What autograd keeps for the backward is counted on
 small copies of the model, with one layer and with two, for a few tokens and for more: it grows in proportion.
 """
@@ -12,6 +12,7 @@ import argparse
 import copy
 import itertools
 import json
+import math
 import sys
 import tempfile
 from types import SimpleNamespace
@@ -23,6 +24,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 import step  # bench/step.py, which also puts the folder of grpo_vision.py on the path
 import grpo_vision as gv
+import recipes
 
 TEXT = dict(vocab_size=151936, num_attention_heads=16, num_key_value_heads=2, hidden_size=2048)
 WINDOWS = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
@@ -48,7 +50,7 @@ def parse_args(argv=None):
     parser.add_argument("--check", action="store_true", help="beside measured growth, in six cases")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     args, rest = parser.parse_known_args(argv)
-    return args, gv.parse_config(["--data", str(gv.HERE), *rest])  # the data may not be there yet
+    return args, gv.parse_config(rest, recipes.Config)
 
 
 def read_config(path):
@@ -69,7 +71,7 @@ def shrunk(config, layers, depth, vocab):
     return config
 
 
-def kept(model, autocast, function, *arguments):
+def kept(model, function, *arguments):
     """-> bytes that autograd keeps for the backward of function(model, *arguments), the weights excepted."""
     weights, found = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
     def pack(x):
@@ -77,7 +79,7 @@ def kept(model, autocast, function, *arguments):
         found[storage.data_ptr()] = storage.nbytes() * (storage.data_ptr() not in weights)
         return x.detach()  # x itself could hold its own graph
     with saved_tensors_hooks(pack, lambda x: x):
-        result = gv.Policy(model, autocast)(function, *arguments)
+        result = function(model, *arguments)
     assert len(result)  # it was alive, and with it the graph, until all was counted
     return sum(found.values())
 
@@ -88,19 +90,19 @@ encoding = lambda layers, depth, tokens, patches: [
 scoring = lambda layers, completion, seen: [1, layers, completion, layers * completion, layers * seen]
 
 
-def activations(config, dtype, autocast):
+def activations(config, dtype):
     """-> two functions, of the arguments of `encoding` and of `scoring`, to bytes. --freeze needs less."""
     cfg, encoded, scored = gv.Config(num_generations=1, gradient_checkpointing=False), [], []
     for layers, depth in (1, 1), (2, 1), (1, 2):
         model = gv.fast_vision(step.build_model(shrunk(config, layers, depth, 32), dtype, "cpu"))
         for tokens, image in (33, 4), (97, 4), (97, 16):
             prompts = step.build_pass(model, 1, tokens, (2, 2 * image))
-            found = kept(model, autocast, gv.encode, prompts)
+            found = kept(model, gv.encode, prompts)
             encoded.append([*encoding(layers, depth, tokens - 1, 4 * image), found])
             kv = [x.detach().requires_grad_() for x in gv.encode(model, prompts)]
             for C in 64, 128:
                 ids = torch.ones(1, C, dtype=torch.long)
-                found = kept(model, autocast, gv.score, prompts, kv, torch.tensor([0]), ids, ids.bool(), cfg)
+                found = kept(model, gv.score, prompts, kv, torch.tensor([0]), ids, ids.bool(), cfg)
                 scored.append([*scoring(layers, C, tokens - 1 + C), found])
     def fitted(points, terms):
         points = torch.tensor(points).double()
@@ -110,41 +112,44 @@ def activations(config, dtype, autocast):
 
 
 def make_plan(args, cfg, on_gpu=True):
-    """-> rows of (what, bytes in the rollout, bytes in the update), their two sums, number of parameters"""
+    """-> rows of (what, bytes in the rollout, bytes in the update), their two sums, number of parameters, and
+    bytes by name elsewhere: in CPU memory, on the disk."""
     config, n = read_config(cfg.model_name_or_path), args.num_processes
     with torch.device("meta"):
         model = AutoModelForImageTextToText.from_config(config)
     count = lambda *modules: sum(p.numel() for module in modules for p in module.parameters())
     layers, blocks = model.model.language_model.layers, model.model.visual.blocks
-    total, tower = count(model), count(model.model.visual)
+    total, tower, largest = count(model), count(model.model.visual), max(p.numel() for p in model.parameters())
     trained = total - {"none": 0, "vision": tower, "llm": total - tower}[cfg.freeze]
-    sharded, compute = n > 1 or cfg.cpu_offload, 2 if on_gpu else 4  # bytes of a number
-    autocast = on_gpu and not sharded
+    sharded, compute = n > 1, 2 if on_gpu else 4  # bytes of a number
     V, H = config.text_config.vocab_size, config.text_config.hidden_size
-    B, G, C = -(-cfg.prompts_per_step // n), cfg.num_generations, cfg.max_completion_length
+    B, C = -(-cfg.prompts_per_step // n), cfg.max_completion_length
+    G, beta = (1, 0) if cfg.algorithm == "sft" else (cfg.num_generations, cfg.beta)
     pixels = (2 * config.vision_config.patch_size)**2  # of an image token
     N, n_pass = B * G, min(B, max(1, cfg.encode_tokens // cfg.max_prompt_length))
     P, K = cfg.max_prompt_length - 1, max(1, min(n_pass * G, cfg.score_tokens // C))
     image = int(min(P - 2, (cfg.max_pixels or 1e9) // pixels))
     tokens, patches, width = n_pass * P, n_pass * 4 * image, layers[0].self_attn.k_proj.out_features
     here = F32 * (0 if cfg.cpu_offload else 1) / n  # bytes on this device of a float32 number
-    rows = [("weights, float32", here * total, here * total), ("gradients", 0, here * trained),
+    reused = here * trained * (on_gpu and not sharded)  # sums of gradients keep their memory
+    rows = [("weights, float32", here * total, here * total), ("gradients, float32", reused, here * trained),
             ("AdamW's two moments", 2 * here * trained, 2 * here * trained)]
-    copies = (sharded or on_gpu) + (cfg.beta > 0)
+    copies = int(sharded or on_gpu) + (beta > 0)
     rows.append((f"sampler, reference: {copies} copies", copies * compute * total, copies * compute * total))
+    if on_gpu and not sharded:
+        rows.append(("the largest weight's gradient, and in float32", 0, (compute + F32) * largest))
     if sharded:  # the root (embedding, head, patch embedding) stays while two layers take turns
-        root, largest = total - count(*layers, *blocks), max(map(count, [*layers, *blocks]))
-        gathered = (compute + F32) * root + (2 * compute + F32) * largest  # gradients are float32
+        root, layer = total - count(*layers, *blocks), max(map(count, [*layers, *blocks]))
+        gathered = (compute + F32) * root + (2 * compute + F32) * layer  # gradients are float32
         rows.append(("layers gathered by FSDP2", 0, gathered))
     cache = 2 * compute * width * ((len(layers) + 1) * N * (P + C + 8) + len(layers) * B * P)
-    rows.append((f"keys and values of {N} rows", cache, 0))
+    rows.append((f"keys and values of {N} completions", cache, 0))
     rows.append(("log-probabilities while sampling", (2 * F32 + 8) * N * V, 0))
-    encode, score = activations(config, torch.bfloat16 if on_gpu and sharded else torch.float32, autocast)
+    encode, score = activations(config, torch.bfloat16 if on_gpu else torch.float32)
     piece = min(2048, K * C)
-    if cfg.gradient_checkpointing:  # the input of each layer, and all of the one that is computed again
-        residual = F32 if autocast else compute
+    if cfg.gradient_checkpointing:  # the input of each layer, and all of the one that is recomputed
         vision = patches * len(blocks) * blocks[0].norm1.weight.shape[0] * compute
-        encoded, scored = tokens * len(layers) * H * residual + vision, K * C * len(layers) * H * residual
+        encoded, scored = tokens * len(layers) * H * compute + vision, K * C * len(layers) * H * compute
         again = max(score(1, K * C, K * (P + C)), encode(1, 1, tokens, patches))
         logits = F32 * V * 3 * piece
     else:
@@ -154,8 +159,15 @@ def make_plan(args, cfg, on_gpu=True):
     rows += [(f"graph of {n_pass} prompts, {image} image tokens each", 0, encoded),
              ("their keys and values, and gradients", 0, leaves),
              (f"graph of a chunk, {K} x {C} tokens", 0, scored),
-             ("a layer that is computed again", 0, again), ("log-probabilities", 0, logits)]
-    return rows, [sum(row[i] for row in rows) for i in (1, 2)], total
+             ("a layer that is recomputed", 0, again), ("log-probabilities", 0, logits)]
+    models = 1 + min(math.ceil(cfg.max_steps / cfg.save_steps), cfg.save_total_limit or math.inf)
+    state = F32 * (total + 2 * trained)
+    at_end = models * compute * total + state
+    elsewhere = {"disk, when the run has ended": at_end, "disk, while it saves": at_end + state}
+    if cfg.cpu_offload:
+        pinned = 0 if sharded else 2 ** math.ceil(math.log2(F32 * largest))  # rounded up to a power of two
+        elsewhere["CPU memory of all processes: weights, gradients, AdamW"] = state + F32 * trained + pinned
+    return rows, [sum(row[i] for row in rows) for i in (1, 2)], total, elsewhere
 
 
 def measure(cfg):
@@ -180,7 +192,7 @@ def measure(cfg):
 
 
 def check():
-    print("| measured in a fresh process | rollout, GB | planned | | update, GB | planned | |\n"
+    print("| measured in a fresh process | rollout, GB | estimated | | update, GB | estimated | |\n"
           "|---|--:|--:|--:|--:|--:|--:|")
     worst = 0
     for name, checkpointing in itertools.product([*MODELS][:2] + [*MODELS][3:], ("true", "false")):
@@ -188,11 +200,10 @@ def check():
             config = shrunk(read_config(name), 3, 4, 16384)
             config.save_pretrained(folder)
             pixels = 324 * (2 * config.vision_config.patch_size)**2
-            flags = f"""--preset sat --model_name_or_path {folder} --data {folder} --eval_steps 0
-                --eval_data {folder} --prompts_per_step 2 --max_prompt_length 350 --max_pixels {pixels}
+            flags = f"""--preset sat --model_name_or_path {folder} --prompts_per_step 2 --max_prompt_length 350 --max_pixels {pixels}
                 --max_completion_length 96 --score_tokens 1024
                 --gradient_checkpointing {checkpointing}""".split()
-            _, planned, _ = make_plan(*parse_args(flags), on_gpu=False)
+            _, planned, *_ = make_plan(*parse_args(flags), on_gpu=False)
             found = json.loads(step.fresh(__file__, *flags, "--measure", **step.RETURNING).splitlines()[-1])
         worst = max(worst, *(abs(plan / measured - 1) for plan, measured in zip(planned, found)))
         cells = [f"{measured / GB:.2f} | {plan / GB:.2f} | {plan / measured - 1:+.0%}"
@@ -209,11 +220,12 @@ def main():
     args, cfg = parse_args()
     if args.check or args.measure:
         return check() if args.check else measure(cfg)
-    rows, peaks, total = make_plan(args, cfg)
+    rows, peaks, total, elsewhere = make_plan(args, cfg)
     print(f"{cfg.model_name_or_path}: {total / 1e6:.0f}M parameters; on each of {args.num_processes} GPUs, "
           f"GB:\n\n| {'':45} | rollout | update |\n|-{'-' * 45}-|--:|--:|")
     for what, rollout, update in [*rows, ("**together**", *peaks)]:
         print(f"| {what:45} | {rollout / GB:7.2f} | {update / GB:6.2f} |")
+    print("", *(f"{what}: {size / GB:.1f} GB" for what, size in elsewhere.items()), sep="\n")
 
 
 if __name__ == "__main__":

@@ -16,11 +16,12 @@ Each part runs in a process of its own. If one fails, the others go on.
              budgets are those that one prompt and two completions fill
   trl        a step of TRL's GRPOTrainer and one of ours in turn. It needs an environment of its own:
              pip install torch==2.12.1 torchvision==0.27.1 trl==1.16.0 transformers accelerate datasets pillow
-  program    the step as --preset sat takes it on one GPU: float32 weights computed in bf16 by autocast,
-             sampler and reference in bf16, layers checkpointed. `--full` gives it 8 prompts x 8 completions x
-             300 tokens and 484 image tokens each
+  program    the step as --preset sat takes it on one GPU: a bf16 model that samples and is trained, float32
+             weights beside it (with --cpu_offload in CPU memory), a bf16 reference, layers checkpointed. `--full`
+             gives it 8 prompts x 8 completions x 300 tokens and 484 image tokens each
   decode     completion tokens per second: with CUDA graphs, without, and by `generate`
-  precision  how far the bf16 sampler is from float32 weights, before any optimizer step
+  precision  how far the sampler's log-probabilities are from those that are trained, and from those of float32
+             weights, before any optimizer step
   long       one completion, by default of 8,192 tokens, with checkpointing and without
 """
 import argparse
@@ -66,6 +67,7 @@ def parse_args():
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: memory time; with --full: "
                         "program decode precision long time")
     parser.add_argument("--full", action="store_true", help="the shape of Qwen2-VL-2B in bf16, on a GPU")
+    parser.add_argument("--cpu_offload", action="store_true", help="program: float32 weights in CPU memory")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)  # a part, in its process
     parser.add_argument("--way", choices=("usual", "ours"), default="ours", help=argparse.SUPPRESS)
     full = parser.parse_known_args()[0].full
@@ -138,23 +140,28 @@ def written(args):
 
 
 class Ours:
-    """This program: image and prompt once per pass."""
-    def __init__(self, model, reference, args, cfg, sampler=None, autocast=False):
-        self.cfg, self.passes, self.sampler = cfg, build_passes(args, model, cfg), sampler or model
-        self.policy = gv.Policy(gv.fast_vision(model), autocast)
-        self.frozen = gv.Policy(gv.fast_vision(reference))
+    """This program: image and prompt once per pass. master: float32 weights of a model in bf16."""
+    def __init__(self, model, reference, args, cfg, master=None):
+        self.cfg, self.passes, self.sampler = cfg, build_passes(args, model, cfg), gv.fast_vision(model)
+        self.policy, self.frozen = gv.Policy(self.sampler), gv.Policy(gv.fast_vision(reference))
+        self.master = gv.Policy(master) if master else self.policy
+        if master:
+            gv.sum_gradients(self.sampler, self.master, args.cpu_offload)
 
     def rollout(self):
-        gv.refresh(self.sampler, self.policy)
         G, limit = self.cfg.num_generations, self.cfg.max_completion_length
         return gv.sample(self.sampler, self.passes, G, limit, 1.0)
 
     def reference(self, rollout):
-        return gv.score_by_reference(self.frozen, self.passes, rollout, self.cfg)
+        return gv.score_rollout(self.frozen, self.passes, rollout, self.cfg)
 
     def update(self, rollout, advantages, ref_logps):
         weights = gv.weigh_tokens(rollout.lengths, rollout.finished, self.cfg).float()
         return gv.update(self.policy, self.passes, rollout, advantages, weights, ref_logps, None, self.cfg)[0]
+
+    def step(self, optimizer):
+        run = SimpleNamespace(master=self.master, policy=self.policy, sampler=self.sampler, optimizer=optimizer)
+        return gv.step_optimizer(run, self.cfg)
 
 
 class UsualWay:
@@ -206,6 +213,12 @@ class UsualWay:
             result.append(logps.detach())
         return torch.cat(result)
 
+    def step(self, optimizer):
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), 1.0).item()
+        optimizer.step()
+        optimizer.zero_grad()
+        return norm
+
 
 def build(args, **others):
     """-> policy, (usual way, ours). Both ways hold the very same parameters."""
@@ -228,9 +241,7 @@ def timed_step(way, optimizer, advantages, rollout=None):
     clock.append(gv.now())
     logps = way.update(rollout, advantages, ref_logps)                                            # (N, C)
     clock.append(gv.now())
-    norm = nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 1.0).item()
-    optimizer.step()
-    optimizer.zero_grad()
+    norm = way.step(optimizer)
     clock.append(gv.now())
     return dict(zip(PHASES, (b - a for a, b in zip(clock, clock[1:])))), rollout, ref_logps, logps, norm
 
@@ -305,10 +316,11 @@ def update_memory(args):
 
 def program(args):
     """-> the program as --preset sat runs it on one GPU"""
-    model = build_model(shape(args))
-    sampler, frozen = (copy.deepcopy(model).to(torch.bfloat16).requires_grad_(False) for _ in range(2))
-    cfg = settings(args, gradient_checkpointing=True)
-    way = Ours(model, frozen, args, cfg, gv.fast_vision(sampler), autocast=True)
+    model = build_model(shape(args), torch.bfloat16)
+    master = build_model(shape(args), device="cpu" if args.cpu_offload else DEVICE)
+    gv.refresh(model, master)
+    way = Ours(model, copy.deepcopy(model).requires_grad_(False), args, settings(args, gradient_checkpointing=True),
+               master)
     gv.checkpoint_layers(model)
     return way
 
@@ -325,7 +337,7 @@ def operations(args, model, passes):
 
 def program_step(args):
     way, steps = program(args), []
-    optimizer, (_, advantages) = adamw(way.policy, 1e-6), written(args)
+    optimizer, (_, advantages) = adamw(way.master, 1e-6), written(args)
     for repeat in range(-1, args.repeats):
         if repeat == 0:
             forget_peak()
@@ -363,21 +375,23 @@ def decode(args):
 
 
 def precision(args):
-    """The bf16 sampler's log-probabilities of its own samples against those of the float32 weights."""
+    """The sampler's log-probabilities of its own samples against those that are trained, and float32's."""
     way = program(args)
     rollout = way.rollout()
-    exact = gv.score_by_reference(gv.Policy(way.policy.model), way.passes, rollout, way.cfg)      # (N, C)
-    x = (rollout.sampling_logps - exact).abs()
-    print("| bf16 sampler against float32 weights, nats per token | mean | largest |\n|---|--:|--:|\n"
-          f"| before any optimizer step | {x.mean():.4f} | {x.max():.3f} |")
+    print("| the sampler's log-probabilities, nats per token | mean difference | largest |\n|---|--:|--:|")
+    for name, policy in ("those that are trained", way.policy), ("those of the float32 weights", way.master):
+        if policy is way.master:
+            gv.fast_vision(policy.model.to(DEVICE))
+        x = (rollout.sampling_logps - gv.score_rollout(policy, way.passes, rollout, way.cfg)).abs()   # (N, C)
+        print(f"| from {name} | {x.mean():.4f} | {x.max():.3f} |", flush=True)
 
 
 def long_completion(args):
     """Memory of an update by one completion, beyond what is held, and its time."""
     if args.inside:
         cfg = settings(args, gradient_checkpointing=args.way == "ours")
-        model = build_model(shape(args))
-        way = Ours(model, model, args, cfg, autocast=DEVICE == "cuda")
+        model = build_model(shape(args), DTYPE[args.full])
+        way = Ours(model, model, args, cfg)
         if cfg.gradient_checkpointing:
             gv.checkpoint_layers(model)
         for parameter in model.parameters():
