@@ -763,10 +763,10 @@ def shard(run, cfg):
 
     def lead_on(module, inputs, output):
         """FSDP gathers a layer's weights for its backward when the gradient of its output arrives. Encoded
-        prompts do not use the last layer's output, so 0 * output is added to its values."""
-        last = output.past_key_values.layers[-1]
-        if last.group is None:
-            last.values = last.values + 0 * output.last_hidden_state[0, 0, 0]
+        prompts do not use the last layer's output, so 0 * output is added to what they do use."""
+        for layer in output.past_key_values.layers:
+            if layer.group is None:
+                layer.values = layer.values + 0 * output.last_hidden_state[0, 0, 0]
 
     run.master.model.model.language_model.register_forward_hook(lead_on)
     run.master, optimizer = run.accelerator.prepare(run.master, run.optimizer)

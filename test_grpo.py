@@ -17,6 +17,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -1563,11 +1564,11 @@ def test_what_cannot_be_drawn_does_not_stop_training(train, tmp_path, monkeypatc
 # grpo_vision.py in float64, its completions drawn prompt by prompt, so that they are the same however the
 # prompts are shared out; those about two images may be longer.
 WORKER = """
-import os, sys, torch
+import os, shutil, torch
 import grpo_vision as g
 from torch.distributed.tensor import DTensor
 
-load_model, sample, refresh = g.load_model, g.sample, g.refresh
+load_model, sample, refresh, save = g.load_model, g.sample, g.refresh, g.save
 
 def sample_each(model, passes, G, C, temperature, generator):
     found = []
@@ -1584,6 +1585,12 @@ def check_and_refresh(sampler, master):
     assert all(isinstance(weight, DTensor) == sharded for weight in master.parameters())
     refresh(sampler, master)
 
+def save_and_keep(folder, run, **more):  # the first checkpoint's state/, which goes when the second is complete
+    save(folder, run, **more)
+    if folder.name == "checkpoint-1" and run.accelerator.is_main_process:
+        shutil.copytree(folder / "state", run.output_dir / "first")
+
+g.save = save_and_keep
 g.load_model = lambda path, tokenizer, attention, dtype: load_model(path, tokenizer, attention, torch.float64)
 g.compute_dtype = lambda device: torch.float64
 g.sample, g.refresh = sample_each, check_and_refresh
@@ -1592,15 +1599,32 @@ g.main()
 """
 
 
-def launch(processes, script, *flags):
-    """Run a script in so many processes on this machine, by torchrun on a free port."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
-    return subprocess.run([*torchrun, *map(str, (processes, script, *flags))], text=True, capture_output=True,
-                          env={**os.environ, "PYTHONPATH": str(g.HERE)})
+def starting(script, *flags, processes=1, machine=None):
+    """Start a script by torchrun in so many processes on this machine. machine: (index, port) of one of two that
+    meet at that port -> the launcher, running."""
+    nodes = "--standalone" if machine is None else (
+        f"--nnodes 2 --node_rank {machine[0]} --master_addr 127.0.0.1 --master_port {machine[1]}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes.split(), "--nproc_per_node", str(processes)]
+    return subprocess.Popen([*torchrun, *map(str, (script, *flags))], text=True, stdout=subprocess.PIPE,
+                            stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(g.HERE)})
+
+
+def succeed(*running):
+    """-> what the programs printed, once they have ended without an error."""
+    said = [process.communicate()[0] for process in running]
+    for process, text in zip(running, said):
+        assert process.returncode == 0, text[-3000:]
+    return said
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return found.getsockname()[1]
 
 
 def first_moments(checkpoint, file):
-    dcp_to_torch_save(checkpoint / "state", file)
+    dcp_to_torch_save(checkpoint, file)
     return {name: state["exp_avg"] for name, state in torch.load(file)["optimizer"]["state"].items()}
 
 
@@ -1609,11 +1633,17 @@ def test_two_processes_with_sharded_weights_equal_one(family, worlds, small_run,
     (tmp_path / "worker.py").write_text(WORKER)
     flags = f"""--rewards accuracy,format,mine --max_completion_length 8 --score_tokens 30 --max_pixels 20000
         --prompt base --model_name_or_path {worlds[family].folder}""".split()
-    one, offloaded, two = (tmp_path / name for name in ("one", "offloaded", "two"))
-    for run, processes, offload in (one, 1, "false"), (offloaded, 1, "true"), (two, 2, "false"):
-        done = launch(processes, tmp_path / "worker.py", *small_run, *flags, "--output_dir", run,
-                      "--cpu_offload", offload)
-        assert done.returncode == 0, done.stderr[-3000:]
+    names = ["one", "offloaded", "two", *["machines"] * (family == "qwen2_vl")]
+    start = lambda name, **how: starting(tmp_path / "worker.py", *small_run, *flags, "--output_dir", tmp_path / name,
+                                         "--cpu_offload", name == "offloaded", **how)
+    said = succeed(start("one"), start("offloaded"))
+    said += succeed(start("two", processes=2))
+    if "machines" in names:
+        port = free_port()
+        said += succeed(*(start("machines", machine=(i, port)) for i in (0, 1)))
+        assert same_run(tmp_path / "two", tmp_path / "machines")
+    assert not any("view tensor" in text or "Casting" in text for text in said)
+    one, offloaded, two = (tmp_path / name for name in names[:3])
     assert same_run(one, offloaded)
     metrics = [jsonl(run / "metrics.jsonl") for run in (one, two)]  # entropy, kl, grad_norm and others
     assert all(x == pytest.approx(y, rel=1e-6, abs=1e-9) for x, y in zip(*metrics, strict=True))
@@ -1624,7 +1654,7 @@ def test_two_processes_with_sharded_weights_equal_one(family, worlds, small_run,
         assert x.keys() == y.keys() == before.keys()
         assert all(error(y[part], x[part]) < 1e-6 < 1e-5 < error(before[part], x[part]) for part in x)
     # AdamW's first moment after the first step is a tenth of the gradient
-    x, y = (first_moments(run / "checkpoint-1", tmp_path / "state.pt") for run in (one, two))
+    x, y = (first_moments(run / "first", tmp_path / "state.pt") for run in (one, two))
     assert x.keys() == y.keys() and len(x) >= len(before)
     assert all(error(y[part], x[part]) < 1e-6 for part in x)
     lengths = [s["length"] > 8 for s in jsonl(two / "completions.jsonl")]
@@ -1850,7 +1880,8 @@ def test_a_killed_or_second_start_asks_what_is_missing(evaluate, evaluated, tmp_
 
 
 def test_two_processes_give_the_results_of_one(evaluate, evaluated, tmp_path, monkeypatch):
-    monkeypatch.setattr(eval_cvbench, "main", lambda argv: launch(2, g.HERE / "eval_cvbench.py", *argv))
+    monkeypatch.setattr(eval_cvbench, "main", lambda argv: succeed(
+        starting(g.HERE / "eval_cvbench.py", *argv, processes=2)))
     found, one = evaluate(tmp_path)["base-reasoning"], evaluated["base-reasoning"]
     assert found.name == one.name and contents(found) == contents(one)
 
