@@ -29,6 +29,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import sys
 from collections import defaultdict, namedtuple
@@ -613,13 +614,13 @@ def on_train_end(run):
     """Print what came of the run, where it lies, and what to do next."""
     if not run.accelerator.is_main_process:
         return
-    folder, scores = short(run.output_dir), read_jsonl(run.output_dir / "eval.jsonl")
+    folder, scores = shlex.quote(short(run.output_dir)), read_jsonl(run.output_dir / "eval.jsonl")
     for name in dict.fromkeys(s["set"] for s in scores):
         first, *_, last = [s for s in scores if s["set"] == name] * 2
         print(f"{name}: {first['accuracy']:.1f} -> {last['accuracy']:.1f} % right, greedy, "
               f"± {last['standard_error']:.1f} on {last['questions']} questions")
     data = run.cfg.eval_data
-    on = "" if data == PRESETS["toy"]["eval_data"] else f" --data {data.replace(',', ' ')}"
+    on = "" if data == PRESETS["toy"]["eval_data"] else f" --data {shlex.join(data.split(','))}"
     on += " --modes direct" if run.template.endswith("-direct") else ""
     print(f"model:    {folder}/final\nlook at:  {folder}/curves.png  {folder}/rollouts.html")
     print(f"try next: python eval_cvbench.py --run {folder}{on}    # every checkpoint on all questions")
@@ -803,6 +804,7 @@ def main(argv=None):
     if args.draw:
         with explained(f"--draw {args.draw}: its logs cannot be drawn"):
             return draw(args.draw)
+    gv.check_launch()
     # processes meet at the end only, however slow one is; cpu: or without a GPU each would think itself alone
     state = PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(days=7))
     args.dtype = args.dtype or ("bfloat16" if state.device.type == "cuda" else "float32")
@@ -833,7 +835,7 @@ def main(argv=None):
         print(f"drawn from these scores: {args.run}/curves.png")
     for found in files.values():
         if len(found) > 1 and state.is_main_process:
-            print(f"to compare: python eval_cvbench.py --compare {found[0]} {found[-1]}")
+            print(f"to compare: python eval_cvbench.py --compare {shlex.join([found[0], found[-1]])}")
 
 
 def models_of(run, only_ends):
@@ -893,6 +895,8 @@ def ask(args, device):
     """Answer one question, printed as it comes; temperature 0.6 and top_p 0.95 are Vision-R1's."""
     model, tokenizer, image_processor = load(args.model[-1], args, device)
     images = [gv.open_image({"bytes": None, "path": file}, f"--image {file}") for file in args.image]
+    if re.search(r"<\|\w+\|>", args.ask):
+        fail("--ask: a special token in the question. Give images with --image.")
     question = {"text": args.ask, "images": images, "source": "asked"}
     text = prompt_text(question, choose_modes(args.modes, tokenizer)[0], tokenizer)
     prompt = gv.build_prompts([text], [images], tokenizer, image_processor, model)

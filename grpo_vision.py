@@ -38,19 +38,7 @@ of them: data, models (`build_models`), optimizer. policy(encode, x) is encode(m
     python grpo_vision.py --preset sat                                # Qwen2-VL-2B on SAT, on one GPU
     accelerate launch --num_processes 8 grpo_vision.py --preset sat   # the same, sharded over eight GPUs
 """
-import hashlib
-import importlib.util
-import io
-import json
-import math
-import os
-import random
-import re
-import shutil
-import signal
-import sys
-import time
-import warnings
+import hashlib, importlib.util, io, json, math, os, random, re, shlex, shutil, signal, sys, time, warnings
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -77,6 +65,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
 from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.utils import cached_file
 
 
 def train_step(run, cfg, step):
@@ -217,8 +206,7 @@ def sample(model, passes, num_generations, limit, temperature, generator=None):
             tokens = torch.searchsorted(cumulative, u * cumulative[:, -1:], right=True)           # (L, 1)
         else:
             tokens = logps.argmax(-1, keepdim=True)                                               # (L, 1)
-        if t == 0 and not logps.isfinite().all():
-            fail("the model's output is not finite: its weights hold nan or inf. Start from another model.")
+        require(t or logps.isfinite().all(), "the model's output is not finite. Its weights hold nan or inf.")
         completion_ids[indices, t] = tokens[:, 0]
         sampling_logps[indices, t] = logps.gather(-1, tokens)[:, 0]
         if not decoder.feed(tokens, torch.isin(tokens[:, 0], ends)):
@@ -299,22 +287,20 @@ def format_reward(completion, **_):
 
 
 # name -> function(completion, num_tokens, max_completion_length, template, **the data row) -> float
-REWARDS = {"accuracy": accuracy_reward, "format": format_reward,
-           "length": lambda completion, num_tokens, **_: 0.001 * num_tokens}  # the paper's failed attempt
+REWARDS = {"accuracy": accuracy_reward, "format": format_reward}
 
 
 def compute_rewards(cfg, rollout, rows, template):
     """The rollout's N completions of B data rows -> {name of a reward: (N,) float32}."""
     rewards, G = {}, len(rollout.texts) // len(rows)
     for name in cfg.rewards.split(","):
-        values = [REWARDS[name](**rows[i // G] | dict(
-            completion=text, num_tokens=length, max_completion_length=cfg.max_completion_length, template=template))
-            for i, (text, length) in enumerate(zip(rollout.texts, rollout.lengths.tolist()))]
+        told = dict(template=template, max_completion_length=cfg.max_completion_length)
+        values = [REWARDS[name](**rows[i // G] | told | dict(completion=text, num_tokens=length))
+                  for i, (text, length) in enumerate(zip(rollout.texts, rollout.lengths.tolist()))]
         numbers = [value if isinstance(value, (int, float)) else math.nan for value in values]
         rewards[name] = torch.tensor(numbers, dtype=torch.float32, device=rollout.lengths.device)  # (N,)
-        if not rewards[name].isfinite().all():
-            bad = values[rewards[name].isfinite().tolist().index(False)]
-            fail(f"the reward {name} must be one finite float32 number for each completion, and was {bad!r}")
+        bad = [value for value, number in zip(values, rewards[name].tolist()) if not math.isfinite(number)]
+        require(not bad, f"the reward {name} must be one finite number for each completion, and was {bad[:1]}")
     return rewards
 
 
@@ -537,11 +523,10 @@ class PromptLayer(DynamicLayer):
         self.keys, self.values, self.group, self.is_initialized = keys, values, group, keys is not None
 
     def update(self, keys, values, *args, **kwargs):
-        if self.group is not None:
-            return [torch.cat([prompts[self.group], new], 2)
-                    for prompts, new in ((self.keys, keys), (self.values, values))]
-        self.keys, self.values = keys, values
-        return keys, values
+        if self.group is None:
+            self.keys, self.values = keys, values
+            return keys, values
+        return torch.cat([self.keys[self.group], keys], 2), torch.cat([self.values[self.group], values], 2)
 
 
 class Decoder:
@@ -625,26 +610,39 @@ SERVED_PROMPT = (
 def load_processors(path, max_pixels=None):
     """-> tokenizer, image processor (PIL's: no torchvision needed). max_pixels None: the files' value."""
     with explained(f"cannot load tokenizer and image processor from {path}"):
-        limits = {"max_pixels": max_pixels} if max_pixels else {}
-        return AutoTokenizer.from_pretrained(path), Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
+        tokenizer, limits = AutoTokenizer.from_pretrained(path), {"max_pixels": max_pixels} if max_pixels else {}
+        old = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
+        if old and not tokenizer.chat_template:  # where some published folders have it
+            tokenizer.chat_template = json.loads(Path(old).read_text())["chat_template"]
+        return tokenizer, Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
 
 
 def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32):
     """Folder or hub id -> a Qwen-VL with two extra attributes. eos_ids: tokens that end a completion, the
     tokenizer's first. suppressed, (V,) bool: other special tokens, and vocabulary rows without a token."""
     with explained(f"cannot load a model from {path}"):
-        kind = AutoConfig.from_pretrained(path).model_type
-        if kind not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
-            fail(f"{path} is a {kind} model. This program trains Qwen2-VL, Qwen2.5-VL and Qwen3-VL.")
+        config, families = AutoConfig.from_pretrained(path), ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+        require(config.model_type in families, f"{path} is a {config.model_type} model, and none of {families}")
+        quantised = hasattr(config, "quantization_config")
+        require(not quantised, f"{path} is quantised and cannot be trained. Take the bf16 model.")
+        sliding = getattr(config.text_config, "use_sliding_window", False)
+        require(not sliding, f"{path} attends in a sliding window, which the decoder does not know")
+        adapter = Path(path, "adapter_config.json").exists()
+        require(not adapter, f"{path} holds an adapter. Merge it into the weights first.")
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True)
-        if report["missing_keys"]:
-            fail(f"{path} is not a whole model: its files lack {sorted(report['missing_keys'])[0]}")
+    faults = [f"{name} ({kind})" for kind in ("missing_keys", "unexpected_keys") for name in sorted(report[kind])]
+    if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
+        faults.append("<|image_pad|>")
+    require(not faults, f"{path}: config.json, weights and tokenizer do not fit: {faults[:1]}")
+    # what the files hold, whatever config.json says
+    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = tied
     ends = [tokenizer.eos_token, *(x for x in ("<|endoftext|>", "<|im_end|>") if x in tokenizer.get_vocab())]
     model.eos_ids = tokenizer.convert_tokens_to_ids(list(dict.fromkeys(ends)))
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}
     suppressed = torch.arange(model.lm_head.out_features) >= len(tokenizer)                       # (V,)
-    vision = [f"<|{name}|>" for name in "vision_start vision_end vision_pad image_pad video_pad".split()]
-    suppressed[tokenizer.convert_tokens_to_ids(vision)] = True
+    suppressed[list(special - set(model.eos_ids))] = True
     model.register_buffer("suppressed", suppressed, persistent=False)
     if model.num_parameters() < 1e7:
         torch.set_num_threads(1)  # more would only wait; and any launcher gives the toy the same bits
@@ -666,8 +664,8 @@ def fast_vision(model):
 def choose_prompt(tokenizer, prompt="auto"):
     """-> name of a template. auto, direct: instruct's if the chat template knows roles, else base's."""
     kind = "instruct" if "role" in (tokenizer.chat_template or "") else "base"
-    if prompt.startswith("instruct") and kind == "base":
-        fail(f"--prompt {prompt}: the model has no chat template with roles. Leave it out.")
+    fits = kind == "instruct" or not prompt.startswith("instruct")
+    require(fits, f"--prompt {prompt}: the model has no chat template with roles. Leave it out.")
     return {"auto": kind, "direct": f"{kind}-direct"}.get(prompt, prompt)
 
 
@@ -689,9 +687,11 @@ def checkpoint_layers(model):
 
 def compute_dtype(device):
     """What models compute in: float32 on a CPU, bfloat16 on a GPU."""
-    if device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
-        fail("this GPU has no bfloat16. Use an Ampere or newer one, or the CPU: ACCELERATE_USE_CPU=1.")
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if device.type == "cpu":
+        return torch.float32
+    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    require(has_bf16, "this GPU has no bfloat16. Take an Ampere or newer one, or the CPU: ACCELERATE_USE_CPU=1.")
+    return torch.bfloat16
 
 
 def build_models(run, cfg, start):
@@ -729,22 +729,33 @@ def build_models(run, cfg, start):
 torch.backends.cuda.enable_cudnn_sdp(False)
 
 
+def check_launch():
+    """Stop where a launcher's variables would make each process train alone, or not as this program trains."""
+    env = os.environ
+    for name in (name for name in env if name.startswith("ACCELERATE_USE_")):
+        known = name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP") or env[name].lower() in ("", "0", "false")
+        require(known, f"{name} is set. This program uses FSDP2: unset it, or start with python or torchrun.")
+    signs = "MASTER_ADDR RANK LOCAL_RANK PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split()
+    found = [name for name in signs if "WORLD_SIZE" not in env and env.get(name, "1") != "1"]
+    found += ["WORLD_SIZE"] * (not env.get("WORLD_SIZE", "1").isdigit())
+    require(not found, f"{found[:1]} is set, WORLD_SIZE is {env.get('WORLD_SIZE')}: each process would train alone. "
+            "Start with torchrun or accelerate launch --multi_gpu; for a single process, unset it.")
+
+
 def make_accelerator(cfg):
     """-> Accelerator, with the process group that sharding needs."""
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        fail("ACCELERATE_USE_DEEPSPEED is set. This program uses FSDP2: unset it, or start with python.")
+    check_launch()
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
         # gloo on GPUs too: offloaded gradients are clipped on the CPU
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
-    tracker = None if cfg.report_to == "none" else cfg.report_to
+    tracker, B = None if cfg.report_to == "none" else cfg.report_to, cfg.prompts_per_step
     # cpu: not a Mac's "mps"
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", log_with=tracker, project_dir=RUNS)
-    if tracker and not accelerator.log_with:
-        fail(f"--report_to {tracker} needs a library: pip install {tracker}")
-    if cfg.prompts_per_step % accelerator.num_processes:
-        fail(f"{accelerator.num_processes} processes cannot share --prompts_per_step {cfg.prompts_per_step}")
+    require(not tracker or accelerator.log_with, f"--report_to {tracker} needs a library: pip install {tracker}")
+    count = accelerator.num_processes
+    require(B % count == 0, f"--prompts_per_step {B} cannot be shared by {count} processes")
     return accelerator
 
 
@@ -840,18 +851,17 @@ def read_rows(run, path):
     kept, limit = [], run.cfg.max_prompt_length
     with explained(f"--data {path} cannot be read"):
         table = pq.read_table(path)
-    if MARK not in (table.schema.metadata or {}):
-        fail(f"{path} is not from prepare_sat.py. Convert it: python prepare_sat.py --from {path}")
+    checked = MARK in (table.schema.metadata or {})
+    require(checked, f"{path} is not from prepare_sat.py. Convert it: python prepare_sat.py --from {path}")
     for index, row in enumerate(tqdm(table.to_pylist(), "measuring prompts", leave=False)):
         sizes = [Image.open(io.BytesIO(image["bytes"])).size for image in row["images"] or []]
-        if run.accelerator.num_processes > 1 and not sizes:
-            fail(f"{path}, row {index} has no image. Only one process can train on it.")
+        trains = sizes or run.accelerator.num_processes == 1
+        require(trains, f"{path}, row {index} has no image. Only one process can train on it.")
         patches = sum(run.image_processor.get_number_of_image_patches(*size[::-1]) for size in sizes)
         tokens = len(run.tokenizer(row_text(row, run.template, run.tokenizer)).input_ids) - len(sizes)
         if tokens + patches // run.image_processor.merge_size**2 <= limit:
             kept.append(row | {"row": index})
-    if not kept:
-        fail(f"--max_prompt_length {limit}: every prompt of {path} is longer. Raise it.")
+    require(kept, f"--max_prompt_length {limit}: every prompt of {path} is longer. Raise it.")
     run.accelerator.print(f"{path}: {len(kept)} of {table.num_rows} prompts have at most {limit} tokens")
     return kept
 
@@ -911,6 +921,11 @@ def fail(message):
     raise SystemExit(f"error: {message}")
 
 
+def require(condition, message):
+    if not condition:
+        fail(message)
+
+
 @contextmanager
 def explained(what):
     """A file that cannot be read or written ends the program with one sentence, whatever a library raises."""
@@ -948,6 +963,20 @@ def training_state(run):
     return dict(weights=weights, optimizer=optimizer, begun=run.begun)
 
 
+def spell_as_published(folder):
+    """Rewrite what transformers 5 spells anew as published models have it: transformers 4 reads that, too."""
+    for file in folder.glob("*config.json"):
+        settings = json.loads(file.read_text())
+        text = settings.get("text_config", {})
+        if rope := text.pop("rope_parameters", None):
+            text |= dict(rope_theta=rope.pop("rope_theta"), rope_scaling=rope)
+        if special := settings.pop("extra_special_tokens", None):
+            settings["additional_special_tokens"] = special
+        if size := settings.get("size"):
+            settings |= dict(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
+        file.write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def save(folder, run, with_state=False):
     """Write the model as a folder for `from_pretrained` and, in state/, what resuming needs. The folder gets
     its name when it is complete. After that older checkpoints lose their state/."""
@@ -957,6 +986,7 @@ def save(folder, run, with_state=False):
             shutil.rmtree(temporary, ignore_errors=True)  # left by a run killed while saving
             for part in run.sampler, run.tokenizer, run.image_processor:
                 part.save_pretrained(temporary)
+            spell_as_published(temporary)
         run.accelerator.wait_for_everyone()
         if with_state:
             dcp.save(training_state(run), checkpoint_id=temporary / "state")
@@ -964,7 +994,7 @@ def save(folder, run, with_state=False):
         free, reason = shutil.disk_usage(run.output_dir).free / 1e9, str(error).strip().splitlines()[-1]
         shutil.rmtree(temporary, ignore_errors=True)
         fail(f"cannot save {folder} ({reason}). No space? {free:.1f} GB were free. Earlier checkpoints are "
-             f"intact. Free space, then --resume --output_dir {run.output_dir}")
+             f"intact. Free space, then --resume --output_dir {shlex.quote(str(run.output_dir))}")
     run.accelerator.wait_for_everyone()
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)
@@ -982,9 +1012,8 @@ def check_disk(run, cfg, done):
     # state/ has 12 bytes a weight, float32 and AdamW's two moments. A new one is complete before the old goes
     a_weight = models * run.sampler.dtype.itemsize + (1 if done else 2) * 12
     needed, free = run.sampler.num_parameters() * a_weight, shutil.disk_usage(run.output_dir).free
-    if needed > free:
-        fail(f"{run.output_dir} has {free / 1e9:.1f} GB left, and the run will save {needed / 1e9:.1f} GB. "
-             "Free space, lower --save_total_limit, or choose another --output_dir.")
+    require(needed <= free, f"the run will save {needed / 1e9:.1f} GB, and {run.output_dir} has {free / 1e9:.1f} GB "
+            "left. Free space, lower --save_total_limit, or choose another --output_dir.")
 
 
 def claim(cfg):
@@ -1063,49 +1092,42 @@ PRESETS = {
 }
 
 
-def in_full(path):
-    """Make an existing path absolute, so config.json works from any folder; keep a hub id as it is."""
-    full = Path(path).expanduser().absolute()
-    return str(full) if full.exists() else path
-
-
 def parse_config(argv=None, config_class=Config):
     """Command line (list of str; None: sys.argv) -> Config. Exits with a message if a setting is invalid."""
     parser = HfArgumentParser(config_class, allow_abbrev=False, description=__doc__.splitlines()[0])
     argv = sys.argv[1:] if argv is None else argv
     given, _ = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])
     folder, saved = Path(given.output_dir or RUNS / given.preset).expanduser().absolute(), {}
-    if given.resume and folder.exists():
+    if given.resume and os.path.exists(folder):
         with explained(f"--resume: {folder} has no readable config.json of a run. Give a run's folder"):
             saved = json.loads((folder / "config.json").read_text())
             given.preset = saved["preset"]
     elif given.resume:
         print(f"--resume: nothing in {folder} yet; starting from the beginning.")
     defaults = PRESETS.get(given.preset, {}) | saved
-    if (unknown := sorted(defaults.keys() - vars(given))) or given.preset not in PRESETS:
-        fail(f"--preset {given.preset} {' '.join(unknown)}: not in this script, but perhaps in recipes.py. Choose "
-             f"from: {', '.join(PRESETS)}.")
+    unknown = sorted(defaults.keys() - vars(given)) + [given.preset] * (given.preset not in PRESETS)
+    require(not unknown, f"--preset {given.preset}: {unknown} is not in this script. Try recipes.py.")
     parser.set_defaults(**defaults)
     cfg = config_class(**vars(parser.parse_args(argv)))
+    full = lambda path: str(Path(path).expanduser().absolute())  # config.json then works from any folder
     cfg.output_dir = str(folder) if cfg.output_dir or cfg.resume else None
-    cfg.model_name_or_path, cfg.data = in_full(cfg.model_name_or_path), in_full(cfg.data)
-    cfg.data += "/train.parquet" * Path(cfg.data).is_dir()
-    cfg.eval_data = ",".join(map(in_full, cfg.eval_data.split(",")))
+    cfg.data = full(cfg.data) + "/train.parquet" * os.path.isdir(full(cfg.data))
+    if os.path.exists(full(cfg.model_name_or_path)):  # else a hub id
+        cfg.model_name_or_path = full(cfg.model_name_or_path)
     cfg.rewards = cfg.rewards.replace(" ", "")
     least = dict(num_generations=2, eval_steps=0, seed=-math.inf, temperature=0.01)
     for name, value in vars(cfg).items():
         minimum = least.get(name, 1 if isinstance(value, int) else 0)
-        if type(value) in (int, float) and not minimum <= value < math.inf:  # False for nan, too
-            fail(f"--{name} {value}: must be finite and >= {minimum}")
+        fits = type(value) not in (int, float) or minimum <= value < math.inf  # False for nan, too
+        require(fits, f"--{name} {value}: must be finite and >= {minimum}")
     for name in cfg.rewards.split(","):
-        if name not in REWARDS or cfg.prompt.endswith("direct") and name == "format":
-            fail(f"--rewards {name}: choose from {', '.join(REWARDS)} (recipes.py: more; --prompt direct: no "
-                 "format).")
+        require(name in REWARDS, f"--rewards {name}: choose from {', '.join(REWARDS)}. recipes.py has more.")
+        fits = name != "format" or not cfg.prompt.endswith("direct")
+        require(fits, f"--rewards {name}: --prompt {cfg.prompt} has no format. Use --rewards accuracy.")
     for name in saved.keys() - {"resume"}:
         if getattr(cfg, name) != saved[name]:
             print(f"--resume: {name} was {saved[name]} and is {getattr(cfg, name)} from here on")
-            if name == "prompts_per_step":
-                fail("with another --prompts_per_step a run would lose its place in the data. Leave it out.")
+            require(name != "prompts_per_step", "--prompts_per_step must stay, or the place in the data is lost")
     return cfg
 
 
@@ -1119,8 +1141,8 @@ def setup(cfg, evaluation):
         run.output_dir, run.lock = claim(cfg)
     last = checkpoints(cfg.output_dir)[-1:] if cfg.resume else []
     start, done = (last[0], int(last[0].name[11:])) if last else (cfg.model_name_or_path, 0)
-    if cfg.resume and not last and Path(cfg.output_dir, "final").exists():
-        fail(f"--resume: {cfg.output_dir} has no checkpoint left to resume from. Start a new run.")
+    lost = cfg.resume and not last and Path(cfg.output_dir, "final").exists()
+    require(not lost, f"--resume: {cfg.output_dir} has no checkpoint left to resume from. Start a new run.")
     run.tokenizer, run.image_processor = load_processors(start, cfg.max_pixels)
     run.template = choose_prompt(run.tokenizer, cfg.prompt)
     if run.template == "base":
@@ -1139,8 +1161,8 @@ def setup(cfg, evaluation):
             state = training_state(run)  # its weights are master's own, so loading fills them
             dcp.load(state, checkpoint_id=start / "state")  # however many processes saved it
             set_optimizer_state_dict(run.master, run.optimizer, state["optimizer"])
-        if state["begun"] != run.begun:
-            fail(f"--resume: {cfg.output_dir} began with other data or another model. Give those.")
+        same = state["begun"] == run.begun
+        require(same, f"--resume: {cfg.output_dir} began with other data or another model. Give those.")
         refresh(run.sampler, run.master)
     if is_main:
         if not cfg.resume:
@@ -1204,7 +1226,7 @@ def train(cfg, train_step=train_step):
                 evaluation.on_save(run)
             if stopping and not last:
                 run.accelerator.print(f"stopped and saved after step {step + 1}; to resume, rerun with "
-                                      f"--resume --output_dir {run.output_dir}")
+                                      f"--resume --output_dir {shlex.quote(str(run.output_dir))}")
                 break
         else:
             save(run.output_dir / "final", run)

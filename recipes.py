@@ -92,7 +92,8 @@ def hard_reward(completion, options, **row):
     return gv.format_reward(completion) * right(completion, options=options, **row)
 
 
-gv.REWARDS |= {"math": math_reward, "hard": hard_reward}
+gv.REWARDS |= {"math": math_reward, "hard": hard_reward,
+               "length": lambda completion, num_tokens, **_: 0.001 * num_tokens}  # VisualThinker's failed attempt
 gv.PRESETS |= {
     # the paper's baseline: the same questions, answered without reasoning; 3750 x 8 is twice 15,000 rows
     "sat-sft": dict(algorithm="sft", learning_rate=2e-5, max_steps=3750, loss_type="dapo"),

@@ -143,7 +143,7 @@ class World:
         self.each = [self.build([i]) for i in range(4)]
         self.pass_, self.two_passes = self.build(range(4)), [self.build([0, 1]), self.build([2, 3], first=2)]
         assert len(set(self.pass_.lengths.tolist())) == 4
-        self.rollout = g.sample(self.model, [self.pass_], G, 9, 1.0, seed(6))
+        self.rollout = g.sample(self.model, [self.pass_], G, 9, 1.0, seed(3))
         assert len(set(self.rollout.lengths.tolist())) > 3 and 0 < self.rollout.finished.sum() < 12
 
     def build(self, which, first=0):
@@ -536,11 +536,12 @@ def test_the_image_tower_is_transformers_own_without_its_convolution(family, wor
     assert (ours - theirs).abs().max() < 1e-10 and convolve.call_count == 1
 
 
-def test_suppressed_are_vision_tokens_and_unused_rows(world):
+def test_suppressed_are_special_tokens_but_the_end_tokens_and_unused_rows(world):
     tokenizer, expected = world.tokenizer, torch.zeros_like(world.model.suppressed)
-    vision = [name for name in make.SPECIALS if "vision" in name or "_pad" in name]
-    expected[tokenizer.convert_tokens_to_ids(vision)] = expected[-UNUSED_ROWS:] = True
-    assert torch.equal(world.model.suppressed, expected) and expected.sum() == 5 + UNUSED_ROWS
+    special = [name for name in make.SPECIALS if name not in ("<|endoftext|>", "<|im_end|>")]
+    expected[tokenizer.convert_tokens_to_ids(special)] = expected[-UNUSED_ROWS:] = True
+    assert torch.equal(world.model.suppressed, expected) and expected.sum() == 12 + UNUSED_ROWS
+    assert "<think>" in tokenizer.get_vocab() and not expected[tokenizer.convert_tokens_to_ids("<think>")]
     loaded = g.load_model(world.folder, tokenizer)
     assert loaded.eos_ids == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
@@ -629,7 +630,7 @@ def test_what_was_sampled_is_what_is_scored(world, monkeypatch):
     sizes, forward = [], g.Decoder.forward
     monkeypatch.setattr(g.Decoder, "forward", lambda self: sizes.append(len(self.indices)) or forward(self))
     draw = lambda number: g.sample(world.model, [world.pass_], G, 9, 1.0, seed(number)).completion_ids
-    assert torch.equal(draw(6), world.rollout.completion_ids) and not torch.equal(draw(7), draw(6))
+    assert torch.equal(draw(3), world.rollout.completion_ids) and not torch.equal(draw(7), draw(3))
     assert sizes[0] == 12 > sizes[-1]  # rows that have ended leave
     # the model's own generation_config, with its top_k of 1, is not heeded
     assert world.model.generation_config.top_k == 1 and len(world.rollout.completion_ids.unique(dim=0)) > 8
@@ -955,7 +956,7 @@ def test_bad_settings_stop_with_one_sentence(tmp_path, monkeypatch):
     for flags in "--learning_rat 1", "--max_steps many", "--loss_type ppo", "--prompt mine":
         with pytest.raises(SystemExit, match="2"):
             g.parse_config(flags.split())
-    monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(num_processes=3))
+    monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(num_processes=3, log_with=[]))
     all_stop(lambda _: g.make_accelerator(g.Config()), {"": "--prompts_per_step processes"})
 
 
@@ -1277,21 +1278,90 @@ def test_each_family_trains_saves_and_is_evaluated(family, worlds, train, evalua
     assert len({r["answers"][0]["completion"] for r in jsonl(results / "answers.jsonl")}) > 1
 
 
-def test_another_kind_of_model_and_broken_ones_stop(world, train, tmp_path, monkeypatch):
-    for name in "gpt2", "lfs", "less":
-        shutil.copytree(world.folder, tmp_path / name)
-    config = json.loads((tmp_path / "gpt2/config.json").read_text())
-    (tmp_path / "gpt2/config.json").write_text(json.dumps(config | dict(model_type="llava")))
-    (tmp_path / "lfs/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
-    edit_weights(tmp_path / "less", lambda weights: weights.pop("visual.patch_embed.proj.weight"))
-    all_stop(lambda path: train(tmp_path / "run", "--model_name_or_path", *path), {
-        f"{tmp_path}/gpt2": f"{tmp_path}/gpt2 llava Qwen2-VL Qwen2.5-VL Qwen3-VL",
-        f"{tmp_path}/lfs": f"{tmp_path}/lfs cannot load", f"{tmp_path}/less": f"{tmp_path}/less patch_embed"})
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")  # is not heeded
+# what is wrong with a model folder: edit(folder, its config.json as a dict), words of the sentence
+def without(name):
+    return lambda folder, config: (folder / name).unlink()
+
+
+def damaged(name, text):
+    return lambda folder, config: (folder / name).write_text(text)
+
+
+BROKEN_MODELS = {
+    "another-kind": (lambda folder, config: config.update(model_type="llava"), "llava qwen2_vl qwen2_5_vl qwen3_vl"),
+    "no-kind": (lambda folder, config: config.update(model_type="mine"), "cannot load"),
+    "lfs": (damaged("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "cannot load"),
+    "cut-config": (damaged("config.json", '{"model_type": "qwen'), "cannot load"),
+    "cut-tokenizer": (damaged("tokenizer.json", '{"version'), "tokenizer"),
+    "no-tokenizer": (without("tokenizer.json"), "tokenizer"), "no-config": (without("config.json"), "cannot load"),
+    "no-weights": (without("model.safetensors"), "cannot load"),
+    "no-images": (without("preprocessor_config.json"), "image processor"),
+    "fp8": (lambda folder, config: config.update(quantization_config=dict(quant_method="fp8")), "quantised bf16"),
+    "awq": (lambda folder, config: config.update(quantization_config=dict(quant_method="awq", bits=4)), "quantised"),
+    "bnb": (lambda folder, config: config.update(quantization_config=dict(
+        quant_method="bitsandbytes", load_in_4bit=True)), "quantised"),
+    "sliding": (lambda folder, config: config.update(use_sliding_window=True, sliding_window=9), "sliding window"),
+    "adapter": (damaged("adapter_config.json", "{}"), "adapter Merge"),
+    "less": (lambda folder, config: edit_weights(folder, lambda weights: weights.pop("visual.patch_embed.proj.weight")),
+             "do not fit patch_embed missing"),
+    "fewer-layers": (lambda folder, config: config.update(num_hidden_layers=2), "do not fit layers.2 unexpected"),
+    "more-layers": (lambda folder, config: config.update(num_hidden_layers=4), "do not fit layers.3 missing"),
+    "wider": (lambda folder, config: config.update(intermediate_size=96), "cannot load"),
+    "no-vision-token": (lambda folder, config: (folder / "tokenizer.json").write_text(
+        (folder / "tokenizer.json").read_text().replace("<|image_pad|>", "<|image_pid|>")), "do not fit image_pad")}
+
+
+@pytest.mark.parametrize("kind", BROKEN_MODELS)
+def test_a_model_folder_that_cannot_be_trained_is_named(kind, world, train, evaluate, tmp_path):
+    edit, words = BROKEN_MODELS[kind]
+    folder = shutil.copytree(world.folder, tmp_path / kind)
+    config = json.loads((folder / "config.json").read_text())
+    before = dict(config)
+    edit(folder, config)
+    if config != before:
+        (folder / "config.json").write_text(json.dumps(config))
+    with stops(folder, *words.split()):
+        train(tmp_path / "run", "--model_name_or_path", folder)
+    assert not (tmp_path / "run").exists()
+    with stops(folder):
+        evaluate(tmp_path / "results", "--model", folder)
+
+
+def test_a_chat_template_of_its_own_file_is_read(worlds, tmp_path):
+    folder = shutil.copytree(worlds["qwen2_5_vl"].folder, tmp_path / "model")
+    (folder / "chat_template.jinja").unlink()
+    assert g.choose_prompt(g.load_processors(folder)[0]) == "base"
+    (folder / "chat_template.json").write_text(json.dumps(dict(chat_template=ROLES)))
+    assert g.choose_prompt(g.load_processors(folder)[0]) == "instruct"
+
+
+# what a launcher leaves in the environment, words of the sentence
+LAUNCHES = [
+    (dict(MASTER_ADDR="10.0.0.1"), "MASTER_ADDR WORLD_SIZE --multi_gpu torchrun unset"),
+    (dict(LOCAL_RANK="0"), "LOCAL_RANK WORLD_SIZE"), (dict(RANK="3", MASTER_PORT="1"), "RANK torchrun"),
+    (dict(PMI_SIZE="2"), "PMI_SIZE --multi_gpu"), (dict(OMPI_COMM_WORLD_SIZE="8"), "OMPI_COMM_WORLD_SIZE unset"),
+    (dict(MV2_COMM_WORLD_SIZE="2"), "MV2_COMM_WORLD_SIZE"), (dict(WORLD_SIZE="two"), "WORLD_SIZE two"),
+    (dict(WORLD_SIZE=""), "WORLD_SIZE"), (dict(WORLD_SIZE="-1"), "WORLD_SIZE -1"),
+    (dict(ACCELERATE_USE_DEEPSPEED="true"), "ACCELERATE_USE_DEEPSPEED FSDP2 torchrun"),
+    (dict(ACCELERATE_USE_MEGATRON_LM="1"), "ACCELERATE_USE_MEGATRON_LM"),
+    (dict(ACCELERATE_USE_PARALLELISM_CONFIG="yes"), "ACCELERATE_USE_PARALLELISM_CONFIG")]
+
+
+def test_launches_that_would_train_alone_or_otherwise_stop(train, evaluate, tmp_path, monkeypatch):
+    for variables, words in LAUNCHES:
+        with monkeypatch.context() as context:
+            for name, value in variables.items():
+                context.setenv(name, value)
+            with stops(*words.split()):
+                train(tmp_path / "run")
+            with stops(*words.split()):
+                evaluate(tmp_path / "results")
+    assert not (tmp_path / "run").exists()
+    for name, value in dict(ACCELERATE_MIXED_PRECISION="fp16", ACCELERATE_USE_DEEPSPEED="false", PMI_SIZE="1",
+                            ACCELERATE_USE_MEGATRON_LM="", OMPI_COMM_WORLD_SIZE="1").items():
+        monkeypatch.setenv(name, value)  # none of these is in the way
     train(tmp_path / "run", "--max_steps", 1)
     assert jsonl(tmp_path / "run/metrics.jsonl")[0]["sampler_mismatch"] < 1e-4
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    all_stop(lambda flags: train(tmp_path / "other"), {"": "ACCELERATE_USE_DEEPSPEED"})
 
 
 def test_beta_0_loads_no_reference_and_later_iterations_clip(train, tmp_path, monkeypatch):
