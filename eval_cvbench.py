@@ -37,6 +37,7 @@ from datetime import timedelta
 from math import comb, exp, inf
 from pathlib import Path
 from statistics import NormalDist, mean, pvariance
+from string import ascii_uppercase as LETTERS
 
 import datasets
 import pyarrow as pa
@@ -49,8 +50,8 @@ from PIL import Image
 from tqdm import tqdm
 
 import grpo_vision as gv
-from grpo_vision import (ANSWER_BLOCK, HERE, PRESETS, RUNS, append_jsonl, choose, explained, extract_answer, fail,
-                         normalise)
+from grpo_vision import (ANSWER_BLOCK, HERE, PRESETS, RUNS, accuracy_reward, append_jsonl, choose, explained,
+                         extract_answer, fail, normalise)
 from recipes import math_reward
 
 # ---- The questions ---------------------------------------------------------------------------------------
@@ -94,7 +95,7 @@ def parse_row(row, cvbench):
     options = [str(option) if isinstance(option, (int, float)) else option for option in options or []]
     if cvbench:
         letter = re.fullmatch(r"\(([A-Z])\)", str(answer).strip())
-        answer = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", options)).get(letter[1]) if letter else None
+        answer = dict(zip(LETTERS, options)).get(letter[1]) if letter else None
     text = row["prompt"] if cvbench else row["question"]
     if not all(isinstance(part, str) and part.strip() for part in (text, *options)):
         raise ValueError("its question or an option is empty, or no text")
@@ -175,93 +176,142 @@ def answer_questions(model, tokenizer, image_processor, questions, mode, done=()
                 yield with_verdicts(record | {"mode": mode, "prompt": texts[i], "answers": own}, strict)
 
 
-# ---- Grading ---------------------------------------------------------------------------------------------
-
-def read_answer(text, strict=False):
-    """The answer in a completion, or None. strict: as in training. Else: what is inside the last answer
-    block, else what follows the last </think> (not in the paper's code), else the whole text.
-
-    >>> read_answer("it is 2"), read_answer("it is 2", strict=True)
-    ('it is 2', None)
-    """
-    if strict:
-        return extract_answer(text)
-    if blocks := ANSWER_BLOCK.findall(text):
-        return blocks[-1].strip() or None
-    return text.rpartition("</think>")[2].strip() or text.strip() or None
-
+# ---- Grading: as in training, but right in a wrong form counts -------------------------------------------
 
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
                    "fifteen sixteen seventeen eighteen nineteen twenty".split(), map(str, range(21))))
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
-MARKUP = re.compile(r"\*+|`+|__+|</?\w+>|\\boxed")
-CONCLUSION = re.compile(r"\b(?:answer|choice|option)(?: is\b|:)")
-# a letter that opens an answer, and what follows it: "(b) because ...", "b. left", "b, as ..."
-OPENING = re.compile(r"(?:\(([a-z])\)|([a-z])[).:,])\s*(.*)", re.DOTALL)
-# how a sentence names a letter: (c), or "answer is c"; "a" is also an article
-NAMED_LETTER = re.compile(r"\(([a-z])\)|^([a-z])[).:] |\b(?:answer|option|choice)(?: is|:)? "
-                          r"\(?(?:([b-z])\b|(a)(?=[).,:;]|$))")
+# What stands around a whole word or number: not "leftmost", "-3", "3.5", "3%", "three hundred".
+BEFORE = r"(?<![\w−±-])(?<!\d[.,/:])(?<!\s\.)"
+AFTER = r"(?!\w|[+±×]| ?%|[.,/:-]\d|-(?!hand|side)\w| (?:hundred|thousand|million|dozen|and a half|answer)\b)"
+# How a letter names an option. "A" before a word of three letters is an article, but for these words.
+LETTER = (r"(?<!\w)[(\[{（【] ?[A-Za-z] ?[)\]}）】]|(?<![\w.-])(?<!\w')(?:[A-Za-z]\)|(?:[B-HJ-Z]|[b-f]|(?<=\w )A|"
+          r"a(?=[.,:;/]| or | and |\W*$)|A(?! [a-z]{3})|A(?= (?:and|but|not|isn|because|since|rather|does|"
+          r"would|should|must|seems|appears)\b))(?![\w-]|\.\w))")
+# What stands between names in a row, as in "A, B or C".
+JOINT = (r"(?:, (?:an?\b|the(?= [A-Z],? (?:and|or)\b))|[ ,/&•)\"']|[-–—(;] ?(?=or\b)|"
+         r"\b(?:or|and|nor|also|as well as|maybe|perhaps|possibly)\b(?: (?:the|an?|option)\b)?)*")
+# A clause claims nothing with one of these words, or with an "or" beside a name or a number.
+DENIAL = r"not|no|none|nothing|neither|nor|never|cannot|\w+n't|wrong|incorrect|false|impossible|unlikely|less"
+DOUBT = r"if|whether|maybe|perhaps|possibly|might|may|could be|un(?:sure|certain)"
+ASIDE = r"than|compared|instead|unlike|because|since|while|whereas|although|though"
+NO_CLAIM = re.compile(rf"\b(?i:{DENIAL}|{DOUBT}|{ASIDE})\b|"
+                      r"[A-Z\d],? or\b|\bor (?:the |an? )?[A-Z\d]|\b(?:rul\w+ out|exclud\w+|eliminat\w+)\b")
+CLAUSE = re.compile(r"(?<=[.,;!])(?=\s)|(?:(?<=:)|(?<=\s[-–—]))(?=\s(?!⇒|incorrect|wrong|false))|(?<=\n)|"
+                    rf"(?<=[A-Z]) (?=not\b)|(?i:\b(?=(?:and|but|so|as|which|{ASIDE})\b))")
+CONCLUSION = re.compile(r"(?:\b(?:(?<!to )answer|correct|i(?:'d| would| will)? (?:choose|pick|select|go with)"
+                        r"|(?:choice|option)(?=\W* is\b|\W*:))\b|(?:\b(?:is|be):|=)(?=\W*[A-Z])|"
+                        r"\b(?:no,|wait,?|actually,?)(?= [A-Z]+\W*(?:[.!\n]|$)))[ •]*:?")
+SO = r"\b(?:so|thus|hence|therefore|conclusion|(?<!in )total)\b"
+ALONE = re.compile(rf"\W*(?:(?:{SO}|option|choice|letter|the|an?|it is|it's)\W+)*[A-Z]+[^\w:]*")
+POINTED = re.compile(rf"{SO}|\btotal\b|•[A-Z]|\b(?:clos|near)(?:er|est)\b")
+
+
+def read_answer(text):
+    """What is inside the last answer block, else what follows the last </think>, else the whole text."""
+    blocks = ANSWER_BLOCK.findall(text)
+    return (blocks[-1] if blocks else text.rpartition("</think>")[2].strip() or text).strip()
+
+
+def clean(text):
+    """The text without markup and questions. Number words are digits, unless it has digits too ("the left
+    one: 3"). Bold text stands between bullets, and what is boxed follows "answer:"."""
+    text = re.sub(r"\\boxed\b", "answer: ", re.sub(r"\*+|__|</?(?:b|strong)>", "•", text.replace("’", "'")))
+    text = re.sub(r"</?\w+>|\\(?:text|mathrm|mathbf)\b|[`$#]|\\(?=[()])|(?<=\d),(?=\d{3}\b)", "", text)
+    sentences = re.findall(r"(?:[^.!?\n]|\.(?=\d))*[.!?\n]*", re.sub(r":\s+", ": ", text))
+    text = "".join(sentence for sentence in sentences if "?" not in sentence)
+    digits = lambda word: NUMBERS.get(word[0].lower(), word[0])
+    return text if re.search(r"\d", text) else re.sub(rf"{BEFORE}[A-Za-z]+{AFTER}", digits, text)
+
+
+def mark(text, options):
+    """The text in small letters, with a capital letter for each option that it names. Names in a row are one.
+
+    >>> mark("A or B? It is (b) left; 13 is a lot.", ["3", "left"])
+    ' AB? it is B; 13 is a lot.'
+    """
+    words = lambda text: normalise(text.replace(",", " "))
+    letter_of = {words(clean(option)): letter for option, letter in zip(options, LETTERS)}
+    texts = [option for option in letter_of if not re.fullmatch("[a-z]", option)]
+    texts = [re.escape(option).replace(r"\ ", r"[\s,]+") for option in sorted(texts, key=len, reverse=True)]
+    named = rf"{BEFORE}((?i:{'|'.join(texts) or '(?!)'}))(?:\.0+)?{AFTER}"
+    listed = [rf"\(?{letter}[).:] *{re.escape(option)}" for option, letter in letter_of.items()]
+    text = re.sub("(?i)" + r"[\s,;.]*(?:or |and )?".join(listed), "", text)  # the prompt's list of options
+    text = re.sub(rf"(?m)((?:^|: )[^\w(\n]*)\(?([A-Za-z])\)? ?[.:(–—-] *(?={named})", r"\1(\2) ", text)
+    text = re.sub(r"^(\W*[A-Za-z][).]+) +(?=[A-Z][a-z])", r"\1. ", text)  # "(b) The lamp"
+
+    def letter(found):
+        name = words(found[1] or found[2] or "")
+        return letter_of.get(name, re.sub(r"\W", "", name).upper()) or found[0].lower()
+
+    text = re.sub(rf"(?m){named}|({LETTER})|[A-Z]", letter, " " + text)
+    row = lambda found: "".join(sorted(set(re.findall("[A-Z]", found[0]))))
+    return re.sub(rf"(?<!not )(?<!not a )(?<!not the )[A-Z](?:{JOINT}[A-Z](?! is))+", row, text)
 
 
 def read_choice(answer, options):
-    """-> the option that `answer` (from `read_answer`) chooses, or None. Markup is taken off first.
+    """-> the option that `answer` (from `read_answer`) chooses, by the rule in `is_right`, or None."""
+    if (chosen := choose(answer, options)) is not None:
+        return chosen
+    text = re.sub(r"\((?![A-Z]\)|[A-Z]$)[^()\n]*\)?", "", mark(clean(answer), options))  # an aside
+    text = CONCLUSION.sub("⇒", re.sub(rf"({SO})\W+", r"\1 ", text)).strip()
+    clauses, sentences = CLAUSE.split(text), re.split(r"[.!\n]", text.rstrip(" .!•\n"))
+    named = [clause for clause in clauses if re.search("[A-Z]", clause) and not NO_CLAIM.search(clause)]
+    concluded = [re.sub(".*⇒(?=.*[A-Z])", "", clause) for clause in named if "⇒" in clause]
+    alone = [end for end in (clauses[0], sentences[-1]) if ALONE.fullmatch(end)]
+    pointed = [clause for clause in named if POINTED.search(clause)]
+    for part in concluded[-1:], alone[-1:], pointed, named:
+        names = re.findall("[A-Z]+", " ".join(part))
+        if names and {name for name in names if len(name) == 1} == {names[-1]}:
+            return dict(zip(LETTERS, options)).get(names[-1])
+    return None
 
-    First by `choose`, as in training. Else a sentence chooses the one option that it names after its last
-    "answer is"; else the letter that it opens with; else the one option that it names anywhere, by text or
-    letter. What names two options chooses none. (The paper's code takes a match anywhere.) Where all options
-    are numbers, words count as digits, unless the answer has digits too ("the left one: 3").
 
-    >>> choose("So it is left.", ["right", "left"]), read_choice("So it is left.", ["right", "left"])
-    (None, 'left')
-    >>> [read_choice(text, ["2", "3"]) for text in ("Three.", "The answer is **B**", "(A) or (B)")]
-    ['3', '3', None]
+def plain(text):
+    """A free answer to compare: without articles and what leads to it; a number where it is one."""
+    text = normalise(CONCLUSION.split(clean(text).replace("•", "").lower())[-1]).strip("(){}")
+    text = " ".join(word for word in text.split() if word not in ("a", "an", "the", "it", "is")) or text
+    return float(text) if re.fullmatch(r"[-+]?\d*\.?\d+(?:e\d+)?", text) else text
+
+
+def is_right(text, options, answer, strict=False):
+    """Is the answer of a completion right? strict: as in training. Else it is read clause by clause. A clause
+    claims nothing if it denies ("not left"), doubts ("A or B"), compares ("than the dog"), gives a reason or
+    asks. The option is chosen that one of these alone names, by letter or text, the first that does:
+
+    1. the last claim that concludes: "the answer is B", "B is correct", "I choose B", "1 + 2 = 3", a box;
+    2. the last sentence, or else the first clause, that is no more than a name: "B", "It is left.";
+    3. the claims after "so" or "therefore", in bold, or of what is closer, which CV-Bench asks;
+    4. all claims.
+
+    Letter and text that differ, as in "(B) right", name no option. A free answer is right if its words are
+    the solution's, or as mathematics.
     """
-    options = options or []
-    answer = MARKUP.sub("", answer or "").translate(str.maketrans("[]{}", "()()")).strip(" ,;:\n")
-    if not answer or (chosen := choose(answer, options)) is not None:
-        return chosen if answer else None
-    answer, texts = normalise(answer), [normalise(option) for option in options]
-    if re.fullmatch(r"\(?[a-z]\)?", answer):
-        return None  # a letter beyond the options
-    by_letter = dict(zip(LETTERS, options))
-    digits = lambda text: re.sub("[a-z]+", lambda word: NUMBERS.get(word[0], word[0]), text)
-    if all(re.fullmatch(r"\d+", digits(text)) for text in texts):
-        texts, answer = list(map(digits, texts)), answer if re.search(r"\d", answer) else digits(answer)
-        answer = re.sub(r"(?<![\d.])(\d+)\.0+\b", r"\1", answer)
-    by_text = dict(zip(texts, options))
-
-    def named(part):
-        """The options that a text names."""
-        found = {by_letter.get("".join(groups)) for groups in NAMED_LETTER.findall(part)}
-        for text in sorted(texts, key=len, reverse=True):  # "no, it would not" before "no", which it contains
-            part, count = re.subn(rf"(?<![\w.]){re.escape(text)}(?!\w|\.\d)", " ", part)
-            found |= {by_text[text]} if count else set()
-        return found
-
-    conclusion = [found.start() for found in CONCLUSION.finditer(answer)]
-    if conclusion and len(found := named(answer[conclusion[-1]:])) == 1:
-        return found.pop()
-    if opening := OPENING.fullmatch(answer):
-        chosen, rest = by_letter.get(opening[1] or opening[2]), opening[3]
-        others = [text for text in texts if by_text[text] != chosen and rest.startswith(text)]
-        if chosen is not None and not others and not re.search(r"\([a-z]\)|\b(?:or|and) [b-z]\b", rest):
-            return chosen
-    found = named(answer)
-    return found.pop() if len(found) == 1 else None
+    said = (extract_answer if strict else read_answer)(text) or ""
+    if strict:
+        right = accuracy_reward(text, answer, options)
+    elif options:
+        right = (chosen := read_choice(said, options)) is not None and normalise(chosen) == normalise(answer)
+    elif normalise(answer) in ("yes", "no"):
+        right = normalise(answer) in said.lower() and read_choice(said, ["yes", "no"]) == normalise(answer)
+    else:
+        right = said and plain(said) == plain(answer)
+        said = said if "\\" in said else clean(said).replace("•", "")
+        said = "".join(clause for clause in CLAUSE.split(said) if not NO_CLAIM.search(clause))
+        said = f"<answer>{said}</answer>" if ANSWER_BLOCK.search(text) else said
+    return bool(right or said and not options and math_reward(said, answer))
 
 
 def with_verdicts(record, strict):
     """The record with what each of its answers is worth, by the grader as it is now."""
-    answers = []
+    options, answers = record["options"], []
     for a in record["answers"]:
-        extracted, find = read_answer(a["completion"], strict), choose if strict else read_choice
-        if strict and record.get("mode", "").endswith("-direct"):
-            extracted = a["completion"].strip()
-        chosen = find(extracted, record["options"]) if extracted else None
-        correct = any(text is not None and normalise(text) == normalise(record["answer"]) for text in (extracted, chosen))
-        if not record["options"] and extracted:  # a free answer may be right as mathematics
-            correct = correct or bool(math_reward(extracted, record["answer"]))
-        answers.append({**a, "extracted": extracted, "chosen": chosen, "correct": correct})
+        text = a["completion"]
+        if strict and record["mode"].startswith(("base-direct", "instruct-direct")):
+            text = f"<answer>{text}</answer>"  # as in training, all of it is the answer
+        said = (extract_answer if strict else read_answer)(text)
+        chosen = (choose if strict else read_choice)(said, options) if said else None
+        correct = is_right(text, options, record["answer"], strict)
+        answers.append(a | {"extracted": said, "chosen": chosen, "correct": correct})
     return record | {"answers": answers}
 
 
@@ -408,7 +458,7 @@ def rates_of(records):
     rate = lambda test: 100 * mean(bool(test(answer)) for answer in answers)
     return {"unparsed": rate(lambda a: a["chosen"] is None), "truncated": rate(lambda a: not a["finished"]),
             "letter only": rate(lambda a: re.fullmatch(r"\(?[A-Za-z]\)?\.?", a["extracted"] or "")),
-            "one answer block": rate(lambda a: gv.extract_answer(a["completion"]) is not None),
+            "one answer block": rate(lambda a: extract_answer(a["completion"]) is not None),
             "reflection word": rate(lambda a: REFLECTION.search(a["completion"])),
             "mean length": mean(a["length"] for a in answers)}
 
@@ -462,12 +512,6 @@ position: absolute; left: 0; top: 1.5em; z-index: 1; background: #222; color: #f
 def write_page(path, title, body):
     """HTML fragments, whose text is escaped -> a page that needs no other file."""
     write_text(path, PAGE.format(title=html.escape(title), body="\n".join(body)))
-
-
-def html_table(rows):
-    line = lambda tag, cells: "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells)
-    lines = [line("th", rows[0]), *(line("td", row) for row in rows[1:])]
-    return "<table>" + "".join(f"<tr>{cells}</tr>" for cells in lines) + "</table>"
 
 
 def markdown_table(rows):
@@ -527,8 +571,9 @@ def write_report(folder, title, records, questions, data_path, most=25):
     each task without a right answer, sampled with a seed, or it would not open. All text is escaped."""
     scores = {name: score._asdict() for name, score in scores_of(records).items()}
     write_text(folder / "summary.json", json.dumps({"scores": scores, "rates": rates_of(records)}, indent=1))
-    write_text(folder / "summary.md", "\n".join([f"# {title}\n", *map(markdown_table, tables_of(records))]))
-    body = [*map(html_table, tables_of(records)), legend_html(find_legend(data_path))]
+    tables = "\n".join(map(markdown_table, tables_of(records)))
+    write_text(folder / "summary.md", f"# {title}\n\n{tables}")
+    body = [f"<pre>{html.escape(tables)}</pre>", legend_html(find_legend(data_path))]
     asked, wrong = {q["id"]: q for q in questions}, defaultdict(list)
     for r in records:
         if not right_answers(r) and r["id"] in asked:
@@ -781,15 +826,14 @@ def parse_args(argv=None):
     add("--draw", type=Path, metavar="RUN", help="curves.png and rollouts.html of a run, from its logs")
     add("--ask", metavar="QUESTION", help="a question of your own, to the last --model")
     add("--image", nargs="+", default=[], help="images that --ask is about")
-    add("--top_p", type=float, default=0.95, help="with --ask: of the likeliest tokens")
     args = parser.parse_args(argv)
     for flag in "limit", "batch_size", "max_new_tokens", "max_pixels", "num_generations":
         if getattr(args, flag) is not None and getattr(args, flag) < 1:
             fail(f"--{flag} must be at least 1")
     if args.image and not args.ask or args.ask == "" or args.run and args.model:
         fail("--ask needs a question, --image needs --ask, and --run takes no --model")
-    if not 0 <= (args.temperature or 0) < inf or not 0 < args.top_p <= 1:
-        fail("--temperature must be at least 0, and --top_p above 0 and at most 1")
+    if not 0 <= (args.temperature or 0) < inf:
+        fail("--temperature must be at least 0")
     if args.num_generations > 1 and not args.temperature:
         fail(f"--num_generations {args.num_generations}: greedy answers are all the same. Add --temperature 1.")
     return args
@@ -892,37 +936,21 @@ def evaluate(name, path, questions, mode, model, tokenizer, image_processor, arg
 
 
 def ask(args, device):
-    """Answer one question, printed as it comes; temperature 0.6 and top_p 0.95 are Vision-R1's."""
-    model, tokenizer, image_processor = load(args.model[-1], args, device)
+    """Print the answer to one question; temperature 0.6 is Vision-R1's."""
     images = [gv.open_image({"bytes": None, "path": file}, f"--image {file}") for file in args.image]
     if re.search(r"<\|\w+\|>", args.ask):
         fail("--ask: a special token in the question. Give images with --image.")
+    model, tokenizer, image_processor = load(args.model[-1], args, device)
     question = {"text": args.ask, "images": images, "source": "asked"}
     text = prompt_text(question, choose_modes(args.modes, tokenizer)[0], tokenizer)
     prompt = gv.build_prompts([text], [images], tokenizer, image_processor, model)
-    print(gv.completion_text(text, [], tokenizer), end="", flush=True)
+    generator = torch.Generator(model.device).manual_seed(args.seed)
     temperature = 0.6 if args.temperature is None else args.temperature
-    ids = stream(model, tokenizer, prompt, temperature, args.top_p, args.max_new_tokens, args.seed)
-    answer = gv.extract_answer(gv.completion_text(text, ids, tokenizer))
-    if ids[-1] not in model.eos_ids:
-        print(f"(cut off: --max_new_tokens {args.max_new_tokens})")
+    rollout = gv.sample(model, [prompt], 1, args.max_new_tokens, temperature, generator)
+    said = gv.completion_text(text, rollout.completion_ids[0], tokenizer)
+    print(said if rollout.finished[0] else f"{said}\n(cut off: --max_new_tokens {args.max_new_tokens})")
+    answer = extract_answer(said)
     print(f"answer: {answer}" if answer else "(no answer block)")
-
-
-def stream(model, tokenizer, prompt, temperature, top_p, max_new_tokens, seed=0):
-    """transformers' own `generate`, printed as it comes -> ids of the completion (C,)"""
-    model.generation_config = transformers.GenerationConfig()  # the published one: temperature 0.01, top_k 1
-    inputs = dict(input_ids=prompt.input_ids, attention_mask=torch.ones_like(prompt.input_ids),
-                  mm_token_type_ids=(prompt.input_ids == model.config.image_token_id).int())
-    if prompt.pixel_values is not None:
-        inputs |= dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
-    drawn = dict(do_sample=True, temperature=temperature, top_p=top_p, top_k=0) if temperature else {}
-    torch.manual_seed(seed)
-    streamer = transformers.TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = model.generate(**inputs, **drawn, max_new_tokens=max_new_tokens, eos_token_id=model.eos_ids,
-                         pad_token_id=model.eos_ids[0], streamer=streamer,
-                         suppress_tokens=model.suppressed.nonzero()[:, 0].tolist())
-    return ids[0, prompt.input_ids.shape[1]:]
 
 
 if __name__ == "__main__":
