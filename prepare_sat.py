@@ -1,32 +1,39 @@
 #!/usr/bin/env python3
-"""Prepare training data: SAT, or your own. And read it back, to train on.
+"""Prepare training data: SAT, or your own. Every row that is written has been checked.
 
     python prepare_sat.py                     # download array/SAT (4.6 GB), keep 15,000 rows -> data/sat/
     python prepare_sat.py --from FILE_OR_ID   # your own data: Parquet, JSON, folder, hub     -> data/own/
 
-It writes `train.parquet` with one question per row: images (list of Image), question, options (list of text;
-empty: the answer is free), answer (one of the options), question_type, source_row (its number in the source)
-and, where the source has it, completion (what to say, for supervised fine-tuning). A source with a column
-`conversations` is a cold start in ShareGPT's layout: questions with chains of thought.
+    --from MMMU/MMMU:Art --split validation     # a subset; options as the text of a list, image_1 to image_7
+    --from AI4Math/MathVista --split testmini   # options in some rows, free answers in others
+    --from lmms-lab/VQAv2 --split validation    # what ten people answered
+    --from train.jsonl    # messages or conversations, as ms-swift, LLaMA-Factory and VLM-R1 read them
+    --from FOLDER         # data files, or what save_to_disk of the library datasets wrote
+
+It writes `train.parquet`, one question per row: images (list of Image), question, options (list of text;
+empty: the answer is free), answer (one of the options), question_type, source_row (its index in the source)
+and, for supervised fine-tuning, completion: a column, or the replies that have <think> and <answer> blocks.
 """
 import argparse
-import io
+import ast
 import itertools
 import json
-import math
 import random
 import re
+from collections import Counter
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
-from string import ascii_lowercase, ascii_uppercase
+from string import ascii_lowercase
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from datasets import Features, Image, List, Value, load_dataset
+from datasets import Dataset, Features, Image, List, Value, load_dataset, load_from_disk
+from huggingface_hub import hf_hub_download
 from tqdm import tqdm
 
-from grpo_vision import HERE, MARK, accuracy_reward, extract_answer, fail, format_reward, open_image
+from grpo_vision import (HERE, MARK, accuracy_reward, choose, extract_answer, fail, format_reward,
+                         open_image)
+from recipes import math_reward
 
 TEXT = Value("string")
 SAT_FEATURES = Features({"images": List(Image()), "question": TEXT, "options": List(TEXT), "answer": TEXT,
@@ -35,13 +42,12 @@ CHAIN_FEATURES = Features({**SAT_FEATURES, "completion": TEXT})
 
 
 def write_parquet(path, rows, features):
-    """Stream dicts into a Parquet file. It gets its name when it is complete. Without rows there is none."""
-    path, rows = Path(path), iter(rows)
+    """Stream dicts into a Parquet file, marked as checked. It gets its name at the end, if it has rows."""
+    path, rows, schema = Path(path), iter(rows), features.arrow_schema
+    schema = schema.with_metadata({**schema.metadata, MARK: b"checked"})
     unfinished = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        schema = features.arrow_schema
-        schema = schema.with_metadata(schema.metadata | {MARK: b"checked"})
         with pq.ParquetWriter(unfinished, schema) as writer:
             while chunk := list(itertools.islice(rows, 100)):
                 writer.write_table(pa.Table.from_pylist(chunk, schema=schema))
@@ -55,55 +61,45 @@ def write_parquet(path, rows, features):
 
 # ---- Reading the source ----------------------------------------------------------------------------------
 
-COLUMN_NAMES = {"images": ("images", "image", "image_bytes"),  # our column: its usual names, the first wins
-                "question": ("question", "problem", "prompt"),
-                "answer": ("answer", "solution", "correct_answer"),
-                "options": ("options", "choices", "answers"),
-                "question_type": ("question_type",), "completion": ("completion",)}
+COLUMN_NAMES = {"images": ("images", "decoded_image", "image", "image_bytes", "image_1"),  # ours: usual names
+                "question": ("question", "problem", "messages", "conversations", "prompt"),
+                "answer": ("answer", "solution", "multiple_choice_answer", "correct_answer", "answers"),
+                "options": ("options", "choices", "answers"), "question_type": ("question_type",),
+                "completion": ("completion",)}
 
 
-def read_json(path):
-    """A JSON list, or JSON Lines -> list of rows, as they are: `datasets` would force one type on all."""
-    where = path
-    try:
-        text = Path(path).read_text("utf-8-sig")
-        if text.lstrip().startswith("["):
-            return json.loads(text)
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            where = f"{path}, line {number}"
-            if line.strip():
-                rows.append(json.loads(line))
-        return rows
-    except (OSError, ValueError) as error:
-        fail(f"{where} cannot be read as a JSON list or JSON Lines: {error}")
-
-
-def read_data(name):
-    """A Parquet or JSON file, a folder, or a hub data set -> its columns; a function from names of columns
-    (None: all) to rows; and the folder where image paths start (None: on the hub)."""
+def read_data(name, split=None):
+    """A Parquet or JSON file, a folder, or a hub data set -> its columns; a function from names of columns to
+    rows, in which images are still encoded; and the folder where image paths start (None: on the hub)."""
     path = Path(name)
-    if path.is_file() and path.suffix in (".json", ".jsonl"):
-        rows = read_json(path)
-        columns = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
-        return list(columns), lambda wanted=None: rows, path.parent
-    if path.is_file():
-        try:
-            file = pq.ParquetFile(path)
-        except (pa.ArrowInvalid, OSError) as error:
-            fail(f"{path} is neither a Parquet file ({error}) nor named .json or .jsonl.")
-        def read(wanted=None):
-            # a few rows at a time: SAT's file is one huge row group, which memory may not hold
-            for batch in file.iter_batches(batch_size=16, columns=wanted):
-                yield from batch.to_pylist()
-        return file.schema_arrow.names, read, path.parent
+    if path.is_file() and split:
+        fail(f"{path} is a single file, which has no splits. Leave out --split {split}.")
     try:
-        stream = load_dataset(name, split="train", streaming=True).decode(False)  # images stay as they are
+        if name == "array/SAT":  # load_dataset fails on it
+            path = Path(hf_hub_download(name, "SAT_train.parquet", repo_type="dataset"))
+        if path.is_file() and path.suffix in (".json", ".jsonl"):
+            text = path.read_text("utf-8-sig").strip()
+            if not text.startswith("["):  # JSON Lines
+                text = "[" + re.sub(r"\n\s*", lambda line_break: "," + line_break[0], text) + "]"
+            rows = json.loads(text)  # as they are: `datasets` would force one type on a column
+            columns = dict.fromkeys(key for row in rows if isinstance(row, dict) for key in row)
+            return list(columns), lambda wanted: rows, path.parent
+        if path.is_file():
+            file = pq.ParquetFile(path)
+            # a few rows at a time: SAT's file is one huge row group, which memory may not hold
+            read = lambda wanted: (row for batch in file.iter_batches(16, columns=wanted)
+                                   for row in batch.to_pylist())
+            return file.schema_arrow.names, read, path.parent
+        is_saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
+        data = load_from_disk(name) if is_saved else load_dataset(*name.split(":"), streaming=True)
+        if isinstance(data, dict) and (split or "train") not in data:
+            fail(f"{name} has no split {split or 'train'}. Give --split {' or --split '.join(data)}.")
+        data = data[split or "train"] if isinstance(data, dict) else data
+        data = (data.to_iterable_dataset() if isinstance(data, Dataset) else data).decode(False)
     except Exception as error:  # a missing folder, no network, no such data set: to the user all the same
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        fail(f"{name} cannot be read as a file, a folder or a hub data set: {reason}")
-    select = lambda wanted=None: stream.select_columns(wanted or stream.column_names)
-    return stream.column_names, select, path if path.is_dir() else None
+        reason = " ".join(str(error).split()) or type(error).__name__
+        fail(f"{name} cannot be read as Parquet, .json, .jsonl, a folder or a hub data set: {reason}")
+    return data.column_names, data.select_columns, path if path.is_dir() else None
 
 
 def choose_columns(name, found, flag=""):
@@ -116,7 +112,8 @@ def choose_columns(name, found, flag=""):
         chosen[ours] = theirs or None
     for ours, names in COLUMN_NAMES.items():
         chosen.setdefault(ours, next((theirs for theirs in names if theirs in found), None))
-        if not chosen[ours] and ours in ("images", "question", "answer"):
+        has_replies = chosen.get("question") in ("messages", "conversations")
+        if not chosen[ours] and (ours == "question" or ours == "answer" and not has_replies):
             fail(f"{listed}, but none called {' or '.join(names)}: give --columns {ours}=NAME.")
     return chosen
 
@@ -136,174 +133,240 @@ def as_text(value):
     """Text or a number -> text. A whole number loses its ".0", and nan is empty."""
     require(value is None or isinstance(value, (str, int, float)), "odd shape")
     if isinstance(value, float):
-        value = None if math.isnan(value) else int(value) if value.is_integer() else value
+        value = None if value != value else int(value) if value.is_integer() else value
     text = "" if value is None else str(value).strip()
     require(not re.search("[\ud800-\udfff]", text), "broken text")  # half a surrogate pair: JSON lets it pass
     return text
 
 
-def read_choices(options, answer):
-    """-> options as a list of text, and the answer. Letters that they carry themselves, as in "A. cat", are
-    taken off. So are tags around the answer, which some data has and the completion should have."""
+# A letter that stands alone. "a" is an article, and letters joined by "and" or "or" name several options.
+LETTER = re.compile(r"(?<![^\W_])(?<!and )(?<!or )(?:[A-Zb-z]|a(?=[.):\]]))(?![^\W_])(?! (?:and|n?or) )")
+# The label of an option, %s its letter: A. cat, (A)cat, A - cat. Text that refers to the order of options.
+LABEL = r"((?:option |choice )?[(\[{<*]*)%s([)\]}>*]+[.:、．：]?|[.:、．：][)*]*|\s?[-–—](?= ))\s*(?=\S)"
+ORDERED = re.compile(r"(?<![^\W_])(?:[B-H]|[b-d](?=[.):\]]))(?![^\W_])|(?i:\b(of|all|none)( the)? above\b)")
+# A wrapped answer. The one group that matches is the answer.
+WRAPPED = re.compile(r".*####(.*)|[*\s]*(?:the )?(?:final |correct )?answer(?: is\b:?|\s*:)[*\s]*(.*)|"
+                     r"\$+([^$]+)\$+|\\[(\[](.*)\\[)\]]|\*\*([^*]+)\*\*|(?:(?!\\boxed).)*\\boxed\{"
+                     r"((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}(?:(?!\\boxed).)*", re.DOTALL | re.IGNORECASE)
+MARKUP = re.compile(r"</?answer>|</?think>|\\boxed|####|^\['", re.IGNORECASE)  # refused if left
+MATHEMATICS = re.compile(r"\\[a-z]|[\^√π°²³$%]|\d ?/ ?\d|\d ?([cdkm]?m|k?g|ft|degrees)\b", re.IGNORECASE)
+READINGS = ("text", "letter", "index0", "index1")
+
+
+def own_letter(option):
+    letter = LETTER.search(option)
+    return letter[0].lower() if letter else "~"  # sorted last, and chooses nothing
+
+
+def letters_agree(options, question=""):
+    """Does each option's letter, its own or one listed in the question, choose this option or none?"""
+    letters = list(map(own_letter, options))
+    pairs = [] if set(letters) <= {"a", "~"} else list(zip(letters, options))
+    for label in re.finditer(LABEL % r"\b([a-z])", question, re.IGNORECASE):
+        listed = [option for option in options if question.startswith(option, label.end())]
+        pairs += [(label[2], max(listed, key=len))] if listed else []
+    return all(choose(letter, options) in (None, option) for letter, option in pairs)
+
+
+def take_letters_off(options):
+    """["A. cat", "B. dog"] -> ["cat", "dog"], if each has its own letter, in one form. Letters that mark
+    objects in the image, as in "(A) is above (B)", stay."""
+    labels = [re.match(LABEL % letter, text, re.IGNORECASE) for letter, text in zip(ascii_lowercase, options)]
+    if len(options) not in range(2, 27) or not all(labels) or len({label.groups() for label in labels}) > 1:
+        return options
+    bare = [option[label.end():] for option, label in zip(options, labels)]
+    is_marked = any(label[0].strip() in text for label in labels for text in bare)
+    return options if is_marked or len(set(bare)) < len(bare) else bare
+
+
+def read_answer(answer):
+    """Text, a number, or a list of what several people said -> text without its wrapping."""
+    if isinstance(answer, list):
+        votes = Counter(as_text(vote.get("answer") if isinstance(vote, dict) else vote) for vote in answer)
+        (answer, most), *others = votes.most_common(2) or [("", 0)]
+        require(all(count < most for _, count in others), "several answers")
+    text = extract_answer(as_text(answer)) or as_text(answer)
+    while wrapped := WRAPPED.fullmatch(text):
+        text = wrapped[wrapped.lastindex].strip()
+    return text
+
+
+def read_turns(turns):
+    """Turns, {"from", "value"} or {"role", "content"} -> the question, and the reply ("" if there is none).
+    Content in parts becomes text: {"type": "image"} becomes <image>. System turns are dropped."""
+    read = lambda part: as_text(part.get("text")) if part.get("type") == "text" else f"<{part.get('type')}>"
+    turns = [turn for turn in turns if turn.get("from", turn.get("role")) != "system"]
+    who = " ".join(str(turn.get("from") or turn.get("role")) for turn in turns)
+    require(re.fullmatch("(user|human)( assistant| gpt)?", who), "not one question and one reply")
+    contents = [turn.get("value") or turn.get("content") for turn in turns]
+    texts = [" ".join(map(read, x)) if isinstance(x, list) else as_text(x) for x in contents]
+    return texts[0], "".join(texts[1:])
+
+
+def read_texts(raw, columns):
+    """A raw row, and `columns` of `choose_columns` -> our columns, with images as they are. readings: the
+    ways in which its answer may be read. is_option: the raw answer is one of the raw options."""
+    row = {"reply": "", **{ours: raw.get(theirs) for ours, theirs in columns.items()}}
+    if columns["images"] == "image_1":
+        row["images"] = [raw.get(f"image_{number}") for number in range(1, 8)]
+    row["images"] = row["images"] or raw.get("image" if columns["images"] else None)  # as in Vision-R1
+    if isinstance(row["question"], list):
+        row["question"], row["reply"] = read_turns(row["question"])
+    answer = row["answer"] if columns["answer"] else row["reply"]
+    options = row["options"] if columns["options"] != columns["answer"] else []  # both may be `answers`
+    if isinstance(options, str):  # MMMU's are the text of a list
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            options = ast.literal_eval(options.strip() or "[]")
     require(isinstance(options or [], list), "options are not a list")
-    texts = [as_text(option) for option in options or []]
-    bare = [re.sub(rf"^\(?{letter}[.):]\s+", "", text) for letter, text in zip(ascii_uppercase, texts)]
-    is_lettered = len(texts) > 1 and all(a != b for a, b in zip(bare, texts))
-    if isinstance(answer, str):
-        answer = re.sub(r"^\s*<answer>(.*)</answer>\s*$", r"\1", answer, flags=re.DOTALL)
-        for letter, text in zip(ascii_uppercase, bare):
-            if re.fullmatch(rf"\(?{letter}[.):]\s+{re.escape(text)}", answer.strip()):
-                answer = text
-    return bare if is_lettered else texts, answer
+    # VQAv2's `answers` are what several people said
+    options = [option for option in options or [] if not isinstance(option, dict) or "answer" not in option]
+    texts = list(map(as_text, options))
+    ordered = texts if letters_agree(texts) else sorted(texts, key=own_letter)
+    bare = take_letters_off(ordered)
+    # After sorting, an index is ambiguous. A letter is too, unless it was the label of an option.
+    readings = READINGS if ordered == texts else READINGS[:2] if bare != ordered else READINGS[:1]
+    return {**row, "question": as_text(row["question"]), "options": bare, "readings": readings,
+            "question_type": as_text(row["question_type"]) or None, "is_option": answer in options,
+            "answer": read_answer(answer), "completion": as_text(row["completion"]) or row["reply"]}
 
 
-READINGS = ("text", "letter", "index")
+def find_answer(row, reading):
+    """-> the option that the answer names by its text, its letter, its index or as "B. dog", or None."""
+    answer, options = row["answer"].lower(), row["options"]
+    letters, label = dict(zip(ascii_lowercase, options)), re.match(LABEL % "([a-z])", answer)
+    if label and letters.get(label[2], "").lower() == answer[label.end():]:
+        return letters[label[2]]
+    answer = re.sub(r"^(option|choice) |\W", "", answer) if reading == "letter" else answer
+    names = {"text": [read_answer(option).lower() for option in options], "letter": ascii_lowercase,
+             "index0": map(str, itertools.count()), "index1": map(str, itertools.count(1))}[reading]
+    return dict(zip(names, options)).get(answer) if reading in row["readings"] else None
 
 
-def find_answer(answer, options, reading):
-    """-> the option that `answer` names by its text, its letter or its index from 0, else None."""
-    text = as_text(answer).lower().strip("()." if reading == "letter" else None)
-    if reading == "index" and isinstance(answer, str):
-        return None
-    names = {"text": [option.lower() for option in options], "letter": ascii_lowercase,
-             "index": map(str, range(len(options)))}[reading]
-    return dict(zip(names, options)).get(text)
-
-
-def decide_reading(name, rows, columns):
-    """How the answers of a whole column name their options -> the one of READINGS that fits most rows."""
-    fits = {reading: [] for reading in READINGS}  # (number of a row, the option that is its answer)
-    for number, row in enumerate(rows if columns["options"] else []):
-        with suppress(Skip, AttributeError):  # rows of an odd shape are counted later
-            options, answer = read_choices(row.get(columns["options"]), row.get(columns["answer"]))
-            for reading in READINGS:
-                if (option := find_answer(answer, options, reading)) is not None:
-                    fits[reading].append((number, option))
-    best = max(READINGS, key=lambda reading: len(fits[reading]))
-    for other in READINGS:
-        if len(fits[other]) == len(fits[best]) and fits[other] != fits[best]:
-            fail(f"{name}: answers can be read as {best} or as {other}, and differ. Give --answers {best}.")
-    print(f"answers are read as: {best}" if fits[best] else "answers are free text")
-    return best
-
-
-def load_images(images, folder):
-    """One image or a list of them, each encoded bytes, {"bytes", "path"} or a path -> list of encoded bytes.
-    A path counts from `folder` (None: there is none) and must end up in it, links followed."""
-    loaded = []
-    for image in images if isinstance(images, list) else [images] if images else []:
-        if isinstance(image, dict):
-            image = image.get("bytes") or image.get("path")
+def load_image(image, folder):
+    """Encoded bytes, {"bytes", "path"} or a path in `folder` -> {"bytes", "path"} that training can open."""
+    if isinstance(image, dict):
+        image = image.get("bytes") or image.get("path")
+    try:
         if not isinstance(image, bytes):
-            require(isinstance(image, str) and folder, "missing image")
-            try:
-                path = (Path(folder) / image).resolve()
-                require(path.is_relative_to(Path(folder).resolve()), "image outside its folder")
-                image = path.read_bytes()
-            except (OSError, ValueError):  # not there, a folder, no name for a file
-                raise Skip("missing image") from None
-        loaded.append(image)
-    return loaded
+            path = (Path(folder) / image).resolve()
+            require(path.is_relative_to(Path(folder).resolve()), "image outside its folder")
+            image = path.read_bytes()
+        size = open_image({"bytes": image}, "").size
+        require(max(size) <= 200 * min(size), "image too long for the model")
+    except (OSError, ValueError, TypeError, SystemExit):  # not there, a folder, no name for a file, not whole
+        raise Skip("missing or broken image") from None
+    return {"bytes": image, "path": None}
 
 
-def parse_row(row, columns, folder, reading):
-    """A row of a table, by `columns` of `choose_columns` -> the row that `check` takes."""
-    require(isinstance(row, dict), "odd shape")
-    row = {ours: row.get(theirs) for ours, theirs in columns.items()}
-    options, answer = read_choices(row["options"], row["answer"])
-    require(as_text(answer), "empty answer")
-    parsed = dict(images=load_images(row["images"], folder), question=as_text(row["question"]),
-                  options=options, question_type=as_text(row["question_type"]) or None,
-                  answer=find_answer(answer, options, reading) if options else as_text(answer))
-    if columns["completion"]:
-        parsed["completion"] = as_text(row["completion"])
-        require(parsed["completion"], "empty completion")
-    return parsed
+# An image's place in a question. Special tokens, some of which are never sampled, and images or videos.
+IMAGE_MARK = re.compile(r"\s*(?:<image[^<>\d]*(\d*)>|<img\b[^<>]*>(?:[^<>]*</img>)?)\s*", re.IGNORECASE)
+NO_TEXT = re.compile(r"<\|[^|]*\|>|</?s>|<video[^<>]*>|" + IMAGE_MARK.pattern, re.IGNORECASE)
 
 
-def parse_sharegpt(row, folder):
-    """A row of Vision-R1's cold start: conversations, a list of one {"from": "user", "value": text} and one
-    {"from": "assistant", "value": chain}, and images, paths in `folder` -> the row that `check` takes."""
-    turns = row.get("conversations") if isinstance(row, dict) else None
-    require(isinstance(turns, list) and all(isinstance(turn, dict) for turn in turns), "odd shape")
-    who = [turn.get("from", turn.get("role")) for turn in turns]
-    require(who in (["user", "assistant"], ["human", "gpt"]), "not one question and one reply")
-    question, completion = (as_text(turn.get("value", turn.get("content"))) for turn in turns)
-    require(format_reward(completion), "not one <think> and one <answer> block")
-    answer = re.sub(r"^final answer\s*:\s*", "", extract_answer(completion), flags=re.IGNORECASE)
-    return dict(images=load_images(row.get("images") or row.get("image"), folder), question=question,
-                options=[], answer=answer, question_type=None, completion=completion)
+def parse_row(raw, columns, folder, reading, chains=False, multi_image=False):
+    """A raw row -> the row as training takes it, or Skip. chains: replies are completions."""
+    row = read_texts(raw, columns)
+    require(row["answer"], "empty answer")
+    row["answer"] = find_answer(row, reading) if row["options"] else row["answer"]
+    require(row["answer"], "answer not among the options, or ambiguous")
+    require(not chains or format_reward(row["reply"]), "not one <think> and one <answer> block")
+    require(row["completion"] or not columns["completion"], "empty completion")
+    images = row["images"] if isinstance(row["images"], list) else [row["images"]]
+    row["images"] = [load_image(image, folder) for image in images if image]
+    require(row["images"] or not columns["images"], "no image (--columns images= keeps rows without)")
+    require(multi_image or len(row["images"]) < 2, "several images (--multi_image keeps them)")
+    marks = IMAGE_MARK.findall(row["question"])
+    marked = max([marks.count(""), *map(int, filter(None, marks))])
+    require(marked <= len(row["images"]), "more image marks than images")
+    row["question"] = IMAGE_MARK.sub(" ", row["question"]).strip()
+    row["options"] = list(dict.fromkeys(filter(None, row["options"])))
+    return check(row)
 
 
-def check(row, multi_image):
-    """-> the row as training takes it. No options at all: the answer is free text."""
-    question = re.sub(r"\s*<image>\s*", " ", row["question"]).strip()  # some data marks the images' places
-    options = list(dict.fromkeys(filter(None, row["options"])))
-    require(row["images"], "no image")
-    require(multi_image or len(row["images"]) == 1, "several images (--multi_image keeps them)")
-    require(question, "empty question")
-    require(not re.search(r"<\|\w+\|>", question + "".join(options)), "a special token in the question")
-    require(len(options) > 1 or not row["options"], "fewer than two options")
-    require(row["answer"] in options or not options, "answer not among the options")
-    own = f"<think></think><answer>{row['answer']}</answer>"
-    require(accuracy_reward(own, row["answer"], options), "its own answer would earn no reward")
-    for image in row["images"]:
-        try:  # as training will
-            open_image({"bytes": image}, "")
-        except SystemExit:
-            raise Skip("broken image") from None
-    images = [{"bytes": image, "path": None} for image in row["images"]]
-    return {**row, "images": images, "question": question, "options": options}
+def check(row):
+    """-> the row. Skip one that would teach something wrong or stop training."""
+    answer, options = row["answer"], row["options"]
+    texts = " ".join([row["question"], *options, answer, row["completion"]])
+    require(row["question"], "empty question")
+    require(not NO_TEXT.search(texts), "a token such as <|im_end|>, <video> or <image> in its text")
+    require(len(options) != 1, "fewer than two options")
+    require(letters_agree(options, row["question"]), "letters of the options that disagree with their places")
+    require(options or not MARKUP.search(answer), "an answer in a form that is not read")
+    earns = math_reward if not options and MATHEMATICS.search(answer) else accuracy_reward
+    own = f"<think></think><answer>{answer}</answer>"
+    require(earns(own, answer=answer, options=options), "its own answer would earn no reward")
+    return row
 
 
-# The text refers to the order of the options: it letters them, or says "both A and B", "none of the above".
-ORDERED = re.compile(r"(?<!\w)\(?A[.):] .*(?<!\w)\(?B[.):] |\bof the above\b|"
-                     r"\(?\b[A-D]\)? (?:and|or|nor) \(?[A-D]\)?(?!\w)", re.DOTALL)
-
-
-def convert(rows, parse, verdicts, limit=None, multi_image=False, seed=0):
-    """Yield training rows until `limit` are kept. verdicts, a dict, gets what became of which raw rows."""
+def convert(rows, how, verdicts, shuffle=False, seed=0):
+    """Yield training rows. how: arguments of `parse_row`. verdicts: a dict that gets {verdict: raw rows}."""
     for index, raw in enumerate(rows):
         try:
-            row = check(parse(raw), multi_image)
-        except Skip as reason:
+            row = parse_row(raw, **how)
+        except (Skip, AttributeError) as error:  # an AttributeError: something is no dict
+            reason = error if isinstance(error, Skip) else "odd shape"
             verdicts.setdefault(f"skipped: {reason}", []).append(index)
             continue
         verdicts.setdefault("kept", []).append(index)
-        if not ORDERED.search(" ".join([row["question"], *row["options"]])):
-            random.Random(f"{seed}/{index}").shuffle(row["options"])  # SAT's counting rows: the answer first
+        if not row["options"] and MATHEMATICS.search(row["answer"]):
+            verdicts.setdefault("with mathematics: use recipes.py, --rewards math,format", []).append(index)
+        if shuffle and not ORDERED.search(" ".join([row["question"], *row["options"]])):
+            random.Random(f"{seed}/{index}").shuffle(row["options"])
         yield {**row, "source_row": index}
-        if len(verdicts["kept"]) == limit:
-            return
 
 
-def choose_parser(name, found, rows, folder, columns="", reading=None):
-    """-> how the rows of a source are parsed, and the Features by which they are stored."""
-    if "conversations" in found:
-        return partial(parse_sharegpt, folder=folder), CHAIN_FEATURES
-    columns = choose_columns(name, found, columns)
-    wanted = [columns[ours] for ours in ("options", "answer") if columns[ours]]
-    reading = reading or decide_reading(name, rows(wanted), columns)
-    parse = partial(parse_row, columns=columns, folder=folder, reading=reading)
-    return parse, CHAIN_FEATURES if columns["completion"] else SAT_FEATURES
+def decide(name, found, rows, args):
+    """Rows with options -> the one of READINGS that fits most, and whether to shuffle: options of SAT, and of
+    a source in which one place is right in 90 % of at least 20 rows with as many options."""
+    fits = {reading: {} for reading in READINGS}  # number of a row: the place of its answer
+    for number, row in enumerate(rows):
+        for reading in READINGS[:2] if row["is_option"] else READINGS:
+            if option := find_answer(row, reading):
+                fits[reading][number] = row["options"].index(option)
+    fits["index1"] = {} if 0 in fits["index0"].values() else fits["index1"]  # a column with 0 is index0
+    best = args.answers or max(READINGS, key=lambda reading: len(fits[reading]))
+    tied = [reading for reading in READINGS if len(fits[reading]) == len(fits[best])]
+    if not args.answers and any(fits[reading] != fits[best] for reading in tied):
+        fail(f"{name}: answers can be read in several ways: give --answers {' or --answers '.join(tied)}.")
+    print(f"answers are read as: {best}" if fits[best] else "answers are free text")
+    places = Counter((len(rows[number]["options"]), place) for number, place in fits[best].items())
+    is_sat = {"image_bytes", "answers", "correct_answer"} <= set(found)
+    reasons = ["in SAT's counting rows the right one is first"] * is_sat + ["--shuffle"] * args.shuffle
+    for (size, place), count in places.items():
+        total = sum(each for (other, _), each in places.items() if other == size)
+        if size > 1 and total >= 20 and count >= 0.9 * total:
+            reasons.append(f"number {place + 1} of {size} is right in {count} of {total} rows")
+    order = f"are shuffled: {reasons[0]}" if reasons else "stay in order: no place is right in 90 % of rows"
+    if places:
+        print(f"options {order}")
+    return best, bool(reasons)
 
 
-def download_sat():
-    from huggingface_hub import hf_hub_download
-    try:
-        return hf_hub_download("array/SAT", "SAT_train.parquet", repo_type="dataset")
-    except Exception as error:
-        fail(f"cannot download SAT_train.parquet of array/SAT ({type(error).__name__}). Fetch it, then: "
-             "python prepare_sat.py --from SAT_train.parquet --limit 15000 --out data/sat")
+def choose_parser(name, found, rows, folder, args):
+    """-> how `parse_row` parses, the Features by which rows are stored, and whether options are shuffled."""
+    columns, texts = choose_columns(name, found, args.columns), []
+    wanted = {columns[ours]: None for ours in ("question", "options", "answer") if columns[ours]}
+    for raw in rows(list(wanted)):
+        with suppress(Skip, AttributeError):  # such rows are counted later
+            texts.append(read_texts(raw, columns))
+    reading, shuffle = decide(name, found, [row for row in texts if row["options"]], args)
+    chains = 2 * sum(format_reward(row["reply"]) for row in texts) > len(texts)
+    if chains:
+        print("replies have chains of thought, and become completions")
+    if not columns["images"]:
+        print("rows have no images (--columns images=NAME): only a single process can train on them")
+    how = dict(columns=columns, folder=folder, reading=reading, chains=chains, multi_image=args.multi_image)
+    return how, CHAIN_FEATURES if chains or columns["completion"] else SAT_FEATURES, shuffle
 
 
 def main(argv=None):
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--from", dest="source", help="Parquet, JSON, folder or hub id; default: SAT")
     parser.add_argument("--columns", default="", help="images=img,question=q,answer=label,options=choices,"
                         "question_type=kind,completion=chain; those left out go by their usual names")
     parser.add_argument("--answers", choices=READINGS, help="how answers name options; default: what fits")
+    parser.add_argument("--shuffle", action="store_true", help="shuffle options, unless the text has letters")
+    parser.add_argument("--split", help="of a folder or a hub data set; default: train")
     parser.add_argument("--limit", type=int, help="rows to keep; default: all, of SAT the paper's 15000")
     parser.add_argument("--multi_image", action="store_true", help="keep rows with several images too")
     parser.add_argument("--out", help="folder to write; default: data/sat or data/own")
@@ -314,11 +377,10 @@ def main(argv=None):
         fail(f"--limit {limit} keeps nothing. Give a number of rows above 0.")
     if path.exists():
         fail(f"{path} exists. Choose another folder by --out, or delete it yourself.")
-    name = args.source or download_sat()
-    found, read, folder = read_data(name)
-    parse, features = choose_parser(name, found, read, folder, args.columns, args.answers)
-    verdicts = {}
-    rows = convert(read(), parse, verdicts, limit, args.multi_image)
+    name, verdicts = args.source or "array/SAT", {}
+    found, read, folder = read_data(name, args.split)
+    how, features, shuffle = choose_parser(name, found, read, folder, args)
+    rows = itertools.islice(convert(read(found), how, verdicts, shuffle), limit)
     write_parquet(path, tqdm(rows, total=limit, unit=" rows", desc="kept"), features)
     for verdict, numbers in sorted(verdicts.items()):
         print(f"{len(numbers):8,} {verdict}" + (f" (row {numbers[0]})" if verdict != "kept" else ""))

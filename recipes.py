@@ -66,24 +66,30 @@ def sft_step(run, cfg, step):
 
 # ---- Rewards for mathematics -----------------------------------------------------------------------------
 
+# 9 cm, 9 cm^{2}, 3 chairs, 5 m/s, 20 °C. What follows 3 in "3 sin x" is no unit.
+UNIT = r"(\s*[cdkm]?m|\s+[a-z]{3,}( [a-z]{2,})*|(°|\^\{?\\circ\}?) ?[cf])(/[a-z]+)?(\^\{?[23]\}?)?"
+# what math-verify does not know, or what does not count: pattern -> what replaces it
+SPELLINGS = {r"^\W*(the )?(final |correct )?(answer|option|choice)( is)?\b\s*:?": "", "²": "^2",
+             "√": r"\\sqrt ", r"\\?(?<![a-z])pi(?![a-z])": "π", rf"(?<=[\d}}π]){UNIT}\.?$": ""}
+
+
 def math_reward(completion, answer, **_):
-    """1 if the last answer block, or else the whole text, equals the solution mathematically, as judged by
-    math-verify within its time limits. A block of several numbers fails."""
+    """1 if the last answer block, or else the whole text, equals the solution as mathematics, by the library
+    math-verify and within its time limits. "(C)" and "C. 140" are the letter C. Units do not count."""
     try:
         from math_verify import parse, verify
     except ImportError:
         gv.fail("the reward math needs the library math-verify: pip install math-verify")
-    signs = {"°": "^\\circ ", "π": "\\pi ", "√": "\\sqrt ", "×": "\\times ", "−": "-", "²": "^2", "$": ""}
 
-    def read(text, in_block=True):
-        for sign, latex in signs.items():
-            text = text.replace(sign, latex)
-        text = re.sub(r"^\s*final answer\s*:|(?<=\d),(?=\d{3}\b)", "", text, flags=re.IGNORECASE)
-        several = in_block and len(set(re.findall(r"\d+\.?\d*", text))) > 1
-        return parse(f"${text.strip().removesuffix('.')}$") + ([] if several else parse(text))
+    def read(text):
+        for pattern, latex in SPELLINGS.items():
+            text = re.sub(pattern, latex, text.strip(), flags=re.IGNORECASE)
+        letter = re.fullmatch(r"(\\text|\W)*([a-z])(\W*|[.:)\]][^()]*)", text.strip(), re.IGNORECASE)
+        return [letter[2].upper()] if letter else parse(f"${text}$")
 
     blocks = gv.ANSWER_BLOCK.findall(completion)
-    return float(verify(read(answer), read(blocks[-1]) if blocks else read(completion, in_block=False)))
+    said = read(blocks[-1]) if blocks else read(completion) + parse(completion)
+    return float(verify(read(answer), said))
 
 
 def hard_reward(completion, options, **row):

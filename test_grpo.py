@@ -530,12 +530,16 @@ MATHEMATICS = """
 10 cm = 10 ; 10\\text{ cm} = 10 cm ; 50% = 50\\% ; 50 = 50% ; 0.5 = 50% ; 1,000 = 1000 ; 1000 = 1,000
 5 != ; 5 != ... ; 5 != 3, 4 or 5 ; 12\\pi = 12π ; 12\\pi != 37.7 ; (1,2) = (1, 2) ; (1,2) != (2, 1) ; -3 != 3
 1000 != 1,001 ; 5 != x = 6 ; 5 = Final Answer:5 ; 5 = Final Answer: \\boxed{5} ; y=2x+1 = y = 1 + 2x
-24.5 = 24.50 ; 5 != \\frac{\\frac{\\frac{ ; 5 != 5 </answer> <answer> 6"""
+24.5 = 24.50 ; 5 != \\frac{\\frac{\\frac{ ; 5 != 5 </answer> <answer> 6 ; 25 = 5² ; 5² != 5 ; −3 = -3
+C = (C) ; C = C. 140 ; C = c) ; C = Option C ; (C) = C ; C != D. 140 ; C != (C) or (D) ; C != Cat ; C != 3
+240π = 240πcm^{2} ; 240πcm^{2} = 240π ; 9πcm^{2} = 9pi ; 9pi = 9 π cm² ; 240πcm^{2} != 240 ; 12 != 12π
+12π != 12 ; 5 != 5x ; 5 != 5! ; 3 = 3 chairs ; 3 chairs = 3 ; 240 = 240cm^2 ; 9.8 = 9.8 m/s^{2} ; 20°C = 20
+2x^2 != 2x ; 2 sin x != 2 ; 12\\sqrt{3} = 12√3 cm ; 2×3 = 6"""
 
 
 def test_the_table_of_mathematics():
     cases = [case.strip() for case in MATHEMATICS.replace("\n", " ; ").split(" ; ") if case.strip()]
-    assert len(cases) == 39
+    assert len(cases) == 69
     for case in cases:
         solution, sign, answer = re.fullmatch(r"(.+?) (!?=)(?: (.*))?", case).groups()
         for completion in "<think> 7, 8 </think> <answer> {} </answer>", "<answer>{}</answer>":
@@ -1033,52 +1037,12 @@ def test_bad_settings_stop_with_one_sentence(tmp_path, monkeypatch):
 # ---- Preparation -----------------------------------------------------------------------------------------
 
 def prepared(folder, capsys, *flags):
-    """Run prepare_sat.py -> the rows it wrote, with decoded images, and its counts {verdict: rows}."""
+    """Run prepare_sat.py -> the rows it wrote, with decoded images, counts {verdict: rows}, its output."""
     prepare_sat.main([*map(str, flags), "--out", str(folder)])
-    printed = re.findall(r"^ *(\d+) ([^(\n]+?)(?: \(.*)?$", capsys.readouterr().out, re.MULTILINE)
+    printed = capsys.readouterr().out
+    counts = re.findall(r"^ *(\d+) ([^(\n]+?)(?: \(.*)?$", printed, re.MULTILINE)
     rows = datasets.Dataset.from_parquet(str(folder.expanduser() / "train.parquet"))
-    return rows, {verdict.removeprefix("skipped: "): int(n) for n, verdict in printed}
-
-
-def sizes(row):
-    return [image.size for image in row["images"]]
-
-
-COLUMNS = ["images", "question", "options", "answer", "question_type", "source_row"]
-
-
-@pytest.mark.parametrize("multi_image, kept", [(False, [0, 5]), (True, [0, 1, 5])])
-def test_sat_rows_are_kept_or_skipped_for_a_reason(multi_image, kept, sat, tmp_path, capsys):
-    flags, several = (["--multi_image"], {}) if multi_image else ([], {"several images": 1})
-    rows, counts = prepared(tmp_path, capsys, "--from", sat / "SAT_train.parquet", *flags)
-    assert counts == {"kept": len(kept), "broken image": 2, "answer not among the options": 1, **several}
-    assert rows.column_names == COLUMNS and rows["source_row"][:] == kept
-    for row in rows:
-        raw = SAT_ROWS[row["source_row"]]
-        assert (row["question"], row["answer"]) == (raw["question"], raw["correct_answer"])
-        assert sorted(row["options"]) == sorted(raw["answers"])
-        assert sizes(row) == [Image.open(io.BytesIO(image)).size for image in raw["image_bytes"]]
-
-
-def test_options_are_shuffled_with_a_seed_unless_the_text_refers_to_their_order():
-    columns = prepare_sat.choose_columns("SAT", SAT_COLUMNS)
-    parse = lambda row: prepare_sat.parse_row(row, columns, None, "text")
-    convert = lambda rows, *more, **how: list(prepare_sat.convert(rows, parse, {}, *more, **how))
-    places = lambda row, seed=0: [found["options"].index("3") for found in convert([row] * 100, seed=seed)]
-    row, found = SAT_ROWS[0], places(SAT_ROWS[0])
-    assert found == places(row) != places(row, seed=1) and min(Counter(found)[i] for i in range(5)) > 5
-    for change in [dict(question="Which?\n(A) 3 (B) 1"), dict(answers=["3", "1", "both A and B"]),
-                   dict(answers=["3", "1", "none of the above"])]:
-        assert places(row | change) == [0] * 100
-    assert len(convert(SAT_ROWS * 3, 3)) == 3  # the limit counts kept rows
-
-
-CHAIN = "<think>\nTwo legs, \"four\" ...\n</think>\n\n<answer> Final Answer:B </answer>"
-
-
-def chat(question="<image>\nWhich?", completion=CHAIN, images="a.png", who=("user", "assistant")):
-    turns = [{"from": name, "value": text} for name, text in zip(who, (question, completion))]
-    return {"conversations": turns, "images": images}
+    return rows, {verdict.removeprefix("skipped: "): int(n) for n, verdict in counts}, printed
 
 
 @pytest.fixture
@@ -1093,106 +1057,302 @@ def pictures(tmp_path):
     return folder
 
 
+@pytest.fixture
+def convert(pictures, tmp_path, capsys):
+    """convert(rows, *flags): prepare rows of JSON that lie beside the pictures -> as `prepared`"""
+    def convert(rows, *flags):
+        (pictures / "own.jsonl").write_text("\n\n".join(map(json.dumps, rows)))
+        return prepared(tmp_path / "own", capsys, "--from", pictures / "own.jsonl", *flags)
+    return convert
+
+
+def own(options=None, answer="cat", question="Which?", **more):
+    return dict(image="a.png", question=question, options=options, answer=answer, **more)
+
+
+def sizes(row):
+    return [image.size for image in row["images"]]
+
+
+COLUMNS = ["images", "question", "options", "answer", "question_type", "source_row"]
+NOT_AMONG = "answer not among the options, or ambiguous"
+
+
+@pytest.mark.parametrize("multi_image, kept", [(False, [0, 5]), (True, [0, 1, 5])])
+def test_sat_rows_are_kept_or_skipped_for_a_reason(multi_image, kept, sat, tmp_path, capsys):
+    flags, several = (["--multi_image"], {}) if multi_image else ([], {"several images": 1})
+    rows, counts, printed = prepared(tmp_path, capsys, "--from", sat / "SAT_train.parquet", *flags)
+    assert "options are shuffled: in SAT's" in printed and rows["options"][0] == ["3", "1", "5", "4", "2"]
+    assert counts == {"kept": len(kept), "missing or broken image": 2, NOT_AMONG: 1, **several}
+    assert rows.column_names == COLUMNS and rows["source_row"][:] == kept
+    for row in rows:
+        raw = SAT_ROWS[row["source_row"]]
+        assert (row["question"], row["answer"]) == (raw["question"], raw["correct_answer"])
+        assert sorted(row["options"]) == sorted(raw["answers"])
+        assert sizes(row) == [Image.open(io.BytesIO(image)).size for image in raw["image_bytes"]]
+    metadata = pq.read_schema(tmp_path / "train.parquet").metadata
+    assert metadata[b"grpo_vision"] == b"checked" and b"huggingface" in metadata
+
+
+def test_sats_options_are_shuffled_by_seed_and_row():
+    how = dict(columns=prepare_sat.choose_columns("SAT", SAT_COLUMNS), folder=None, reading="text")
+    def options(seed):
+        rows = prepare_sat.convert([SAT_ROWS[0]] * 100, how, {}, shuffle=True, seed=seed)
+        return [row["options"] for row in rows]
+    assert options(0)[0] == ["3", "1", "5", "4", "2"] and options(0)[5] == ["2", "3", "5", "1", "4"]
+    assert options(1)[0] == ["2", "1", "3", "5", "4"]
+    assert min(Counter(row.index("3") for row in options(0))[place] for place in range(5)) > 5
+
+
+# options, answer, what the options become (None: the row is skipped), the one letter that is rewarded ("":
+# options have no letters, and may be shuffled), and the question, if it is not "Which?"
+CAT_DOG = ["cat", "dog"]
+LETTERED = [
+    *[(form.split("|"), "dog", CAT_DOG, "") for form in [
+        "A.cat|B.dog", "(A)cat|(B)dog", "a) cat|b) dog", "A - cat|B - dog", "A: cat|B: dog", "A、cat|B、dog",
+        "[A] cat|[B] dog", "**A.** cat|**B.** dog", "Option A: cat|Option B: dog", "B. dog|A. cat"]],
+    (["A. -3", "B. 3"], "-3", ["-3", "3"], ""), (["A. A cat", "B. A dog"], "A dog", ["A cat", "A dog"], ""),
+    (["(B)dog", "(A)cat"], "(B)dog", CAT_DOG, ""), (["cat", "<|x|>"], "cat", None, ""),
+    (["A. cat", "B) dog"], "B) dog", ["A. cat", "B) dog"], "B"), (["B. cat", "C. dog"], "C. dog", None, ""),
+    (["The cat", "A dog"], "A dog", ["The cat", "A dog"], ""), (["cat"], "cat", None, ""),
+    (["A is closer", "B is closer"], "B is closer", ["A is closer", "B is closer"], "B"),
+    (["B is closer", "A is closer"], "B is closer", ["A is closer", "B is closer"], "B"),
+    (["equal", "point B", "point A"], "equal", ["point A", "point B", "equal"], "C"),
+    (["(B) above (A)", "(A) above (B)"], "(B) above (A)", ["(A) above (B)", "(B) above (A)"], "B"),
+    (["B is closer", "C is closer"], "B is closer", None, ""),
+    (["A", "B", "both A and B"], "both A and B", ["A", "B", "both A and B"], "C"),
+    (["cat", "dog", "None of the above"], "dog", ["cat", "dog", "None of the above"], "B"),
+    *[(CAT_DOG, "dog", CAT_DOG, "B", f"Which? {letters}") for letters in [
+        "(A)cat (B)dog", "A.cat B.dog", "a)cat b)dog", "[A]cat[B]dog", "A cat, B dog", "A=cat, B=dog"]],
+    (["1", "10"], "10", ["1", "10"], "B", "Which? (A)1 (B)10"), (["cat", "cat", "dog"], "dog", CAT_DOG, ""),
+    (["dog", "cat"], "dog", None, "", "Which? (A)cat (B)dog"),
+    (["cat", "cat", "dog"], "dog", None, "", "Which? (A) cat (B) cat (C) dog")]
+
+
+@pytest.mark.parametrize("flags", [[], ["--shuffle"]])
+def test_a_letter_earns_the_reward_only_where_it_is_printed(flags, convert):
+    rows = [own(options, answer, *question) for options, answer, _, _, *question in LETTERED] * 3
+    found, _, printed = convert(rows, *flags)
+    assert ("options are shuffled: --shuffle" if flags else "options stay in order") in printed
+    kept, moved, others = {row["source_row"]: row for row in found}, 0, 0
+    for index, (_, _, becomes, letter, *_) in enumerate(LETTERED * 3):
+        row = kept.get(index)
+        assert (row is None) == (becomes is None), rows[index]
+        if row and letter:
+            earns = lambda it, options: g.accuracy_reward(f"<answer>{it}</answer>", row["answer"], options)
+            assert row["options"] == becomes, rows[index]
+            assert [each for each in "ABCDE" if earns(each, row["options"])] == [letter], rows[index]
+            others += earns(letter, row["options"][::-1]) == 0  # the control: in another order another does
+        elif row:
+            assert sorted(row["options"]) == sorted(becomes), rows[index]
+            assert rows[index]["answer"].endswith(row["answer"]) and row["answer"] in becomes, rows[index]
+            moved += row["options"] != becomes
+    assert others > 20 and (moved > 5 if flags else moved == 0)
+
+
+@pytest.mark.parametrize("count, first, words", [  # rows, those whose first option is right, what is printed
+    (20, 18, "are shuffled: number 1 of 3 is right in 18 of 20 rows"), (20, 17, "stay in order"),
+    (60, 0, "are shuffled: number 2 of 3 is right in 60 of 60 rows"), (19, 19, "stay in order")])
+def test_options_of_your_own_are_shuffled_where_one_place_is_right(count, first, words, convert):
+    right, wrong = own(["cat", "dog", "hen"]), own(["dog", "cat", "hen"])
+    found, _, printed = convert([right] * first + [wrong] * (count - first) + [own()] * 40)
+    is_moved = any(row["options"] not in ([], right["options"], wrong["options"]) for row in found)
+    assert words in printed and is_moved == words.startswith("are")
+
+
+# a column of answers, the options of each row, --answers, and what each row becomes; None: it is skipped, or
+# for all of them: the answers can be read in several ways
+FOUR = ["one", "two", "three", "four"]
+READINGS = [
+    (["two", " Two "], ["one", "two"], "", ["two", "two"]),
+    (["B", "(b)", "A.", "[B]", "Option A", "$B$"], ["one", "two"], "", "two two one two one two".split()),
+    ([1, 2, 3, 4], FOUR, "", FOUR), (["1", "2", "3", "4", "5"], FOUR, "", [*FOUR, None]),
+    (["0", "1", "2", "3"], FOUR, "", FOUR), ([0, 1.0, 4], FOUR, "", ["one", "two", None]),
+    ([1, 2, 3], FOUR, "", None), (["1", "2", "3"], FOUR, "", None), ([1, 2], FOUR, "index1", FOUR[:2]),
+    ([1, 2], FOUR, "index0", ["two", "three"]), ([2, 3.0, 5], [2, 3, 5.0], "", ["2", "3", "5"]),
+    (["2"], ["1", "2", "3"], "", ["2"]), (["2", "1", "3"], ["1", "2", "3"], "", ["2", "1", "3"]),
+    ([1, 2], ["1", "2", "3"], "", None), ([1, 2, 3], ["3", "1", "2"], "", None),  # as text or as an index?
+    (["A", "b", "the left one"], ["b", "a", "the left one"], "", ["a", "b", "the left one"]),
+    (["A", "B"], ["b", "a"], "", None), (["A", "B"], ["b", "a"], "letter", ["b", "a"]),  # text or letter?
+    ([float("nan"), 2.0], ["x", "y"], "", [None, "y"]), (["$5$", "5"], ["$5$", "$6$"], "", ["$5$", "$5$"]),
+    (["B", "C", "B. dog", "A. hen"], ["A. cat", "B. dog", "C. hen"], "", ["dog", "hen", "dog", None]),
+    (["B. dog", "(D) cow", "A. cow"], ["cat", "dog", "hen", "cow"], "", ["dog", "cow", None]),
+    (["B", "A"], ["B. dog", "A. cat"], "", ["dog", "cat"]), (["-3", "3"], ["A. -3", "B. 3"], "", ["-3", "3"]),
+    ([0, "dog"], ["B. dog", "A. cat"], "", [None, "dog"]), ([["two"], FOUR[:2]], FOUR, "", ["two", None])]
+
+
+@pytest.mark.parametrize("answers, options, reading, becomes", READINGS)
+def test_answers_are_read_as_their_column_is(answers, options, reading, becomes, convert, tmp_path):
+    flags = ["--answers", reading] if reading else []
+    if becomes is None:
+        with stops("--answers"):
+            convert([own(options, answer) for answer in answers] * 9, *flags)
+        assert not (tmp_path / "own").exists()
+    else:
+        found, counts, _ = convert([own(options, answer) for answer in answers] * 9, *flags)
+        expected = [(i, text) for i, text in enumerate(becomes * 9) if text is not None]
+        assert list(zip(found["source_row"], found["answer"])) == expected and counts["kept"] == len(expected)
+
+
+# a free answer, and what it becomes; None: the row is skipped
+FREE = [
+    ("\\boxed{3}", "3"), ("$3$", "3"), ("48/2=24 <<24+48=72>>\n#### 72", "72"), ("#### 1 #### 2", "2"),
+    ("Final Answer: 3", "3"), ("<answer> 3 </answer>", "3"), ("<answer>Answer: \\boxed{3}</answer>", "3"),
+    ("\\(3\\)", "3"), ("**3**", "3"), ("<think>?</think> <answer>3</answer>", "3"), ("answer", "answer"),
+    ("so \\frac{2}{4}, or \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("$5", "$5"), ("[0, 3]", "[0, 3]"),
+    ("240πcm^{2}", "240πcm^{2}"), ("3/4", "3/4"), ("10 cm", "10 cm"), ("3<|im_end|>", None), ("3</s>", None),
+    ("3<|endoftext|>", None), ("\\boxed{3", None), ("\\boxed{1} or \\boxed{2}", None), ("<think> 3", None),
+    ("<answer>1</answer> <answer>2</answer>", None), ("####", None), ("['24/7', '3.4']", None), (7, "7"),
+    (0.5, "0.5"), (float("nan"), None), (None, None), (True, "True"), (["red"], "red"), ([], None),
+    ([{"answer": "no"}, {"answer": "ok"}, {"answer": "no"}], "no"), (["red", "blue"], None), ({"a": 1}, None)]
+
+
+def test_free_answers_lose_their_wrapping_or_are_skipped(convert):
+    found, counts, _ = convert([own(answer=answer) for answer, _ in FREE] + [own(["3/4", "cat"], "3/4")])
+    became = dict(zip(found["source_row"], found["answer"]))
+    for index, (answer, expected) in enumerate(FREE):
+        assert became.get(index) == expected, answer
+    mathematics = counts.pop("with mathematics: use recipes.py, --rewards math,format")
+    assert mathematics == 5 and counts["kept"] == len(became)  # 1/2, $5, 240π, 3/4, 10 cm
+
+
+CHAIN = "<think>\nTwo legs, \"four\" ...\n</think>\n\n<answer> Final Answer:B </answer>"
+
+
+def chat(question="<image>\nWhich?", completion=CHAIN, images="a.png", who=("user", "assistant")):
+    turns = [{"from": name, "value": text} for name, text in zip(who, (question, completion))]
+    return {"conversations": turns, "images": images}
+
+
+def messages(*contents, roles=("user", "assistant"), **more):
+    turns = [dict(role=role, content=text) for role, text in zip(roles, contents)]
+    return {"messages": turns, "images": ["a.png"], **more}
+
+
 GOOD_CHATS = [
-    chat(), chat("Which <image> of\n<image>\nthem?", images=["a.png"], who=("human", "gpt")),
-    {"conversations": [{"role": "user", "content": "Which?"}, {"role": "assistant", "content": CHAIN}],
-     "image": "./sub/../sub/b.jpg"}]  # LLaVA-CoT's half of Vision-R1-cold has `image`
+    chat(), chat("Which of\n<image>\nthem?", images=["a.png"], who=("human", "gpt")),
+    {"conversations": messages("Which?", CHAIN)["messages"], "image": "./sub/../sub/b.jpg"},  # as LLaVA-CoT's
+    {"conversations": messages("Be!", "Which?", CHAIN, roles=("system", "user", "assistant"))["messages"],
+     "image": "a.png"}]
 BAD_CHATS = {
-    "odd shape": ["no dict", {}, {"conversations": ["Hello", CHAIN]}, None, chat(completion=["?"])],
+    "odd shape": ["no dict", None, {"conversations": ["Hello", CHAIN]}, chat(completion=["?"])],
+    "empty answer": [{}, chat(completion=CHAIN.replace("Answer:B", "Answer:"))],
     "not one question and one reply": [{"conversations": []}, chat(who=("assistant", "user")),
                                        {"conversations": chat()["conversations"] * 2}],
     "not one <think> and one <answer> block": [chat(completion=text) for text in (
-        None, "<think>B", "<think>B</think><answer> </answer>", CHAIN + " Yes.")],
+        "B", "<think>B", "<think>B</think><answer> </answer>", CHAIN + " Yes.", CHAIN + "<|im_end|>")],
     "broken text": [chat(completion=CHAIN.replace("legs", "\ud83d"))],
-    "its own answer would earn no reward": [chat(completion=CHAIN.replace("Answer:B", "Answer:"))],
     "empty question": [chat("<image>\n ")], "no image": [chat(images=[]), chat(images=None)],
-    "missing image": [chat(images=name) for name in ("none.png", "sub", "nul\0.png", "x" * 5000, [3])],
+    "missing or broken image": [chat(images=name) for name in (
+        "none.png", "sub", "nul\0.png", "x" * 5000, [3], "broken.png")],
+    "image too long for the model": [chat(images="long.png")],
     "image outside its folder": [chat(images=name) for name in ("../secret.png", "/etc/hosts", "link.png")],
-    "broken image": [chat(images="broken.png"), chat(images="long.png")],
     "several images": [chat(images=["a.png", "sub/b.jpg"])],
-    "a special token in the question": [chat("What is <|image_pad|>?"), chat("What is <|im_end|>?")]}
+    "more image marks than images": [chat(question) for question in (
+        "<image> <image> Which?", "<image 2> Which?", "<img>a.png</img><img>b.png</img> Which?")],
+    "a token such as <|im_end|>, <video> or <image> in its text": [
+        chat("What is <|image_pad|>?"), chat("What is <|im_end|>?"), chat("<video>Which?"),
+        *[chat(completion=CHAIN.replace(word, "<|vision_start|>")) for word in ("legs", ":B")]]}
 
 
-def test_chains_are_kept_or_skipped_for_a_reason(pictures, tmp_path, capsys):
-    rows = [*GOOD_CHATS, *itertools.chain(*BAD_CHATS.values())]
-    (pictures / "chains.json").write_text("\n\n".join(map(json.dumps, rows)))
-    found, counts = prepared(tmp_path, capsys, "--from", pictures / "chains.json")
-    assert counts == {"kept": 3, **{reason: len(bad) for reason, bad in BAD_CHATS.items()}}
-    assert found["question"][:] == ["Which?", "Which of them?", "Which?"] and found["answer"][:] == ["B"] * 3
-    assert found["options"][:] == [[]] * 3 and found["completion"][:] == [CHAIN] * 3
-    assert [*map(sizes, found)] == [[(56, 84)], [(56, 84)], [(84, 56)]]
-    again, counts = prepared(tmp_path / "again", capsys, "--from", tmp_path / "train.parquet")
-    assert counts == {"kept": 3} and again.to_list() == found.to_list()
+def test_chains_are_kept_or_skipped_for_a_reason(convert, pictures, tmp_path, capsys):
+    found, counts, printed = convert([*GOOD_CHATS, *itertools.chain(*BAD_CHATS.values())])
+    assert counts == {"kept": 4, **{reason: len(bad) for reason, bad in BAD_CHATS.items()}}
+    assert found["question"][:] == ["Which?", "Which of them?", "Which?", "Which?"]
+    assert found["answer"][:] == ["B"] * 4 and found["completion"][:] == [CHAIN] * 4
+    assert found["options"][:] == [[]] * 4 and "become completions" in printed
+    assert [*map(sizes, found)] == [[(56, 84)], [(56, 84)], [(84, 56)], [(56, 84)]]
+    again, counts, _ = prepared(tmp_path / "again", capsys, "--from", tmp_path / "own/train.parquet")
+    assert counts == {"kept": 4} and again.to_list() == found.to_list()
     with stops("again", "exists"):  # another data set is not written over it
-        prepared(tmp_path / "again", capsys, "--from", pictures / "chains.json")
+        prepared(tmp_path / "again", capsys, "--from", pictures / "own.jsonl")
 
 
-TEXT, BINARY = datasets.Value("string"), datasets.Value("binary")
+PARTS = [{"type": "image"}, {"type": "text", "text": "Which?"}]
+# rows as ms-swift, LLaMA-Factory, VLM-R1 and TRL read them, all with the question "Which?", and the answers
+CONVERSATIONS = [
+    ([messages("<image>Which?", "cat"), messages(PARTS, "cat"),
+      messages("Be!", "<image 1>Which?", "cat", roles=("system", "user", "assistant"))], ["cat"] * 3),
+    ([messages("<image>Which?", solution="<answer> cat </answer>")], ["cat"]),
+    ([chat("<image>Which?", "cat", ["a.png"], ("human", "gpt"))], ["cat"]),
+    ([chat("<image>Which?", said, None, ("human", "gpt")) | dict(id=1, image="a.png")
+      for said in ("<answer> 3 </answer>", "3")], ["3", "3"]),
+    ([dict(prompt=[dict(role="user", content=PARTS)], image="a.png", solution="$3$")], ["3"])]
+
+
+@pytest.mark.parametrize("rows, answers", CONVERSATIONS)
+def test_conversations_of_other_trainers_are_questions_and_answers(rows, answers, convert):
+    found, _, _ = convert(rows)
+    assert found["answer"][:] == answers and found.column_names == COLUMNS
+    assert {(row["question"], len(row["images"]), len(row["options"])) for row in found} == {("Which?", 1, 0)}
+
+
+TEXT, BINARY, IMAGE = datasets.Value("string"), datasets.Value("binary"), datasets.Image()
+PIXELS, NUMBERED = {"bytes": ONE, "path": None}, [f"image_{number}" for number in range(1, 8)]
+MMMU = dict.fromkeys(["id", "question", "options", "answer"], TEXT) | dict.fromkeys(NUMBERED, IMAGE)
+VQA = dict(question=TEXT, question_type=TEXT, multiple_choice_answer=TEXT, image=IMAGE,
+           answers=[dict(answer=TEXT, answer_id=datasets.Value("int64"))])
+MATHVISTA = dict(question=TEXT, image=TEXT, decoded_image=IMAGE, choices=datasets.List(TEXT), answer=TEXT)
+VOTES = [dict(answer=answer, answer_id=i) for i, answer in enumerate(["2", "two", "2"])]
+
+
+def mmmu(options, answer, question="<image 1> Which?", images=1):
+    return dict(options=options, answer=answer, question=question) | dict.fromkeys(NUMBERED[:images], PIXELS)
+
+
+PUBLISHED = {  # features, rows, and (options, answer) of those that are kept
+    "MMMU": (MMMU, [mmmu("['cat', 'dog']", "B"), mmmu("[]", "5"), mmmu("['a\\'s', 'b']", "A"), mmmu("x", "A"),
+                    mmmu("['cat', 'dog']", "A", images=2), mmmu("['cat', 'dog']", "A", "<image 2> Which?"),
+                    mmmu("['<image 1>', 'dog']", "A"), mmmu("['cat', 'dog']", "?")],
+             [(CAT_DOG, "dog"), ([], "5"), (["a's", "b"], "a's")]),
+    "VQAv2": (VQA, [dict(multiple_choice_answer="two", answers=VOTES, image=PIXELS)], [([], "two")]),
+    "votes": (dict(question=TEXT, answers=VQA["answers"], image=IMAGE), [dict(answers=VOTES, image=PIXELS)],
+              [([], "2")]),
+    "TextVQA": (dict(question=TEXT, answers=datasets.List(TEXT), image=IMAGE),
+                [dict(answers=["2", "two", "2"], image=PIXELS)], [([], "2")]),
+    "MathVista": (MATHVISTA, [dict(image="images/1.jpg", decoded_image=PIXELS, choices=choices, answer=answer)
+                              for choices, answer in [(["(A) 3", "(B) 4"], "4"), (None, "1.2"), ([], "3")]],
+                  [(["3", "4"], "4"), ([], "1.2"), ([], "3")])}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layouts_are_read_from_files_folders_and_splits(name, tmp_path, capsys):
+    features, rows, kept = PUBLISHED[name]
+    rows = [dict.fromkeys(features) | {"question": "Which?"} | row for row in rows]
+    data, file = datasets.Dataset.from_list(rows, datasets.Features(features)), "folder/validation-0.parquet"
+    (tmp_path / "folder").mkdir()
+    data.to_parquet(tmp_path / file)
+    data.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(validation=data, test=data).save_to_disk(tmp_path / "two")
+    for source, *split in (file,), ("one",), ("folder", "--split", "validation"), ("two", "--split", "test"):
+        found, _, _ = prepared(tmp_path / f"from-{source}", capsys, "--from", tmp_path / source, *split)
+        assert list(zip(found["options"], found["answer"])) == kept and set(found["question"]) == {"Which?"}
+        assert [*map(sizes, found)] == [[(84, 56)]] * len(kept)
+    for source, splits in ("folder", "--split validation."), ("two", "--split validation or --split test."):
+        with stops(source, "no split train", splits):
+            prepared(tmp_path / "out", capsys, "--from", tmp_path / source)
 
 
 @pytest.mark.parametrize("kind, value", [
-    (datasets.List(datasets.Image()), [{"bytes": ONE, "path": "gone.jpg"}]), (BINARY, ONE),
+    (datasets.List(IMAGE), [{"bytes": ONE, "path": "gone.jpg"}]), (BINARY, ONE),
     ({"bytes": BINARY, "path": TEXT}, {"path": "b.jpg"}), (datasets.List(TEXT), ["b.jpg"])])
 def test_images_of_your_own_data_may_have_any_usual_form(kind, value, pictures, tmp_path, capsys):
     rows = [{"image": value, "problem": "<image>Which?", "solution": "2 \\sqrt { 221 }"}] * 3
     data = datasets.Dataset.from_list(rows, datasets.Features(image=kind, problem=TEXT, solution=TEXT))
     data.to_parquet(pictures / "sub/train.parquet")
     for source in pictures / "sub/train.parquet", pictures / "sub":
-        found, _ = prepared(tmp_path / f"own-{source.name}", capsys, "--from", source)
+        found, _, _ = prepared(tmp_path / f"own-{source.name}", capsys, "--from", source)
         assert found.column_names == COLUMNS and [*map(sizes, found)] == [[(84, 56)]] * 3
-        assert found["question"][:] == ["Which?"] * 3 and found["options"][:] == [[]] * 3
         assert found["answer"][:] == ["2 \\sqrt { 221 }"] * 3
 
 
-# a column of answers, the options of each row, --answers, and what each row becomes; None: it is skipped, or
-# for all of them: the answers can be read in two ways
-READINGS = [
-    (["two", " Two "], ["one", "two"], "", ["two", "two"]),
-    (["B", "(b)", "A."], ["one", "two"], "", ["two", "two", "one"]),
-    ([0, 1, 2.0, 3], ["one", "two", "three"], "", ["one", "two", "three", None]),
-    ([2, 3.0, 5], [2, 3, 5.0], "", ["2", "3", "5"]),
-    (["A", "b", "the left one"], ["b", "a", "the left one"], "", ["a", "b", "the left one"]),
-    ([1, 2], ["1", "2", "3"], "", None),  # as text or as an index?
-    ([1, 2], ["1", "2", "3"], "index", ["2", "3"]),
-    (["A", "B"], ["b", "a"], "", None),   # as text or as a letter?
-    (["A", "B"], ["b", "a"], "letter", ["b", "a"]),
-    ([float("nan"), 1.0], ["x", "y"], "", [None, "y"]),
-    (["B", "D", "B. dog"], ["A. cat", "B. dog", "C. hen", "D. cow"], "", ["dog", "cow", None]),
-    (["B. dog", "(D) cow", "A. cow"], ["A. cat", "B. dog", "C. hen", "D. cow"], "", ["dog", "cow", None]),
-    (["B. dog", "(D) cow", "A. cow"], ["cat", "dog", "hen", "cow"], "", ["dog", "cow", None]),
-    (["<answer> 3 </answer>", "4"], None, "", ["3", "4"]),
-    ([7, 0.5, float("nan"), None, True], None, "", ["7", "0.5", None, None, "True"])]
-
-
-@pytest.mark.parametrize("answers, options, reading, becomes", READINGS)
-def test_answers_are_read_as_their_column_is(answers, options, reading, becomes, pictures, tmp_path, capsys):
-    rows = [dict(image="a.png", question="Which?", options=options, answer=answer) for answer in answers]
-    (pictures / "own.json").write_text(json.dumps(rows * 9))
-    flags = ["--from", pictures / "own.json"] + (["--answers", reading] if reading else [])
-    if becomes is None:
-        with stops("--answers"):
-            prepared(tmp_path / "own", capsys, *flags)
-    else:
-        found, counts = prepared(tmp_path / "own", capsys, *flags)
-        expected = [(i, text) for i, text in enumerate(becomes * 9) if text is not None]
-        assert list(zip(found["source_row"], found["answer"])) == expected and counts["kept"] == len(expected)
-
-
-def test_images_are_seen_upright_and_white_where_they_are_transparent():
-    image = Image.new("RGB", (40, 24), "red")
-    image.paste("blue", (0, 0, 20, 12))
-    corners = lambda x: [value for place in ((2, 2), (37, 2), (2, 21)) for value in x.getpixel(place)]
-    opened = lambda data: g.open_image(dict(bytes=data, path=None), "row 7")
-    stored, seen = Image.open(io.BytesIO(turned(image))), opened(turned(image))
-    assert stored.size == (24, 40) and seen.size == image.size and seen.mode == "RGB"
-    assert corners(seen) == pytest.approx(corners(image), abs=40)
-    assert corners(seen.rotate(180)) != pytest.approx(corners(image), abs=40)  # the control
-    image.putalpha(0)
-    assert opened(encoded(image, "PNG")).getpixel((2, 2)) == (255, 255, 255)
-    grey = Image.linear_gradient("L").convert("I").point(lambda x: x * 200)
-    for deep, kind in (grey.convert("I;16"), "PNG"), (grey.convert("F"), "TIFF"):
-        with stops("row 7", "8 bits"):
-            opened(encoded(deep, kind))
+@pytest.mark.parametrize("others, flags, kept", [
+    ([], [], {0}), ([own()], [], {1}), ([own()], ["--columns", "images="], {0})])
+def test_rows_without_images_are_kept_where_no_image_is_meant(others, flags, kept, convert):
+    without = [dict(question=question, answer="cat") for question in ("Which?", "<image>Which?")]
+    found, _, printed = convert(others + without, *flags)
+    assert {len(row["images"]) for row in found} == kept and len(found) == (2 if flags else 1)
+    assert ("rows have no images" in printed) == (kept == {0})
 
 
 def test_columns_of_your_own_have_names_of_your_own(pictures, tmp_path, capsys, monkeypatch):
@@ -1204,7 +1364,7 @@ def test_columns_of_your_own_have_names_of_your_own(pictures, tmp_path, capsys, 
     columns = "images=img,question=q, answer=label,question_type=kind,completion=chain"
     for options, answer in ("", "that"), (",options=", "(B)"):
         flags = ["--from", pictures / "own.jsonl", "--multi_image", "--columns", columns + options]
-        found, counts = prepared(Path(f"~/own{options}"), capsys, *flags)
+        found, counts, _ = prepared(Path(f"~/own{options}"), capsys, *flags)
         assert counts == {"kept": 2, "empty completion": 1, "image outside its folder": 1, "odd shape": 1}
         assert found["answer"][:] == [answer] * 2 and found["completion"][:] == [CHAIN] * 2
         assert found["question_type"][:] == ["mine", None]
@@ -1225,8 +1385,26 @@ def test_data_that_cannot_be_prepared_stops(sat, pictures, tmp_path, monkeypatch
         "less.parquet --columns answer": "--columns OURS=THEIRS", f"{raw} --columns answer=": "answer=NAME",
         "list.json": "list.json line 2 column", "lines.jsonl": "line 3", "none.json": "none.json (none)",
         f"{raw} --columns answer=question": "SAT_train.parquet no row", "chain.json": "chain.json no row",
-        f"{raw} --limit 0": "--limit 0", f"{raw} --out /proc/none": "/proc/none written"})
+        f"{raw} --limit 0": "--limit 0", f"{raw} --split test": "--split test",
+        f"{raw} --out /proc/none": "/proc/none written"})
     assert not list(tmp_path.glob("out/*")) and not Path("data").exists()
+
+
+def test_images_are_seen_upright_and_white_where_they_are_transparent():
+    image = Image.new("RGB", (40, 24), "red")
+    image.paste("blue", (0, 0, 20, 12))
+    corners = lambda x: [value for place in ((2, 2), (37, 2), (2, 21)) for value in x.getpixel(place)]
+    opened = lambda data: g.open_image(dict(bytes=data, path=None), "row 7")
+    stored, seen = Image.open(io.BytesIO(turned(image))), opened(turned(image))
+    assert stored.size == (24, 40) and seen.size == image.size and seen.mode == "RGB"
+    assert corners(seen) == pytest.approx(corners(image), abs=40)
+    assert corners(seen.rotate(180)) != pytest.approx(corners(image), abs=40)  # the control
+    image.putalpha(0)
+    assert opened(encoded(image, "PNG")).getpixel((2, 2)) == (255, 255, 255)
+    grey = Image.linear_gradient("L").convert("I").point(lambda x: x * 200)
+    for deep, kind in (grey.convert("I;16"), "PNG"), (grey.convert("F"), "TIFF"):
+        with stops("row 7", "8 bits"):
+            opened(encoded(deep, kind))
 
 
 def fitting(path, world, limit=1024, processes=1):

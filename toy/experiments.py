@@ -1,61 +1,81 @@
-"""What the toy teaches, measured: several seeds, controls, and the paper's table.
+"""What the toy teaches, measured: each command writes a table and mostly a figure to toy/results/.
 
-    python toy/experiments.py seeds        # three worlds with three bases: a table and a figure
+    python toy/experiments.py group        # one real group, and what one update did to each of its tokens
+    python toy/experiments.py ladder       # each piece of GRPO is one changed line
+    python toy/experiments.py passk        # was the answer invented or found? pass@1 to pass@64
+    python toy/experiments.py rewards      # what is paid is what is learned
+    python toy/experiments.py seeds        # three worlds with three bases
     python toy/experiments.py controls     # is it the reward that teaches?
     python toy/experiments.py paper        # base, SFT, GRPO, instruct, frozen towers
 
-Sampled: the 512 held-out questions at temperature 1, graded as in training. Greedy: those and the 384 of
-CV-Bench's form, graded as in evaluation. A row is the mean of its seeds and their standard deviation. Worlds,
-runs and answers go to runs/experiments, where what is there already is not made again.
+Sampled: the 512 held-out questions at temperature 1, graded as in training. Greedy: those and the 384 in
+CV-Bench's format, graded as in evaluation. Rows give the mean and the standard deviation over seeds. Worlds,
+runs and answers go to runs/experiments; what is there already is not made again. --seeds 1 takes one seed.
 """
 import argparse
 import json
+import math
 import os
 import random
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
 import make
 
 sys.path.insert(0, str(make.HERE.parent))
+import grpo_vision as gv
 from eval_cvbench import read_jsonl, smooth
 from grpo_vision import HERE, RUNS, TOY
 from prepare_sat import CHAIN_FEATURES, write_parquet
 
 FOLDER = RUNS / "experiments"
 SFT = "--algorithm sft --loss_type dapo --max_steps 150 --learning_rate 5e-4"
-# name -> flags of grpo_vision.py, and what the advantages are multiplied by; None: no training
+TIMES = "advantages = g.group_advantages; g.group_advantages = lambda *x: {} * advantages(*x)"
+# label -> flags of recipes.py, and a line of Python that changes grpo_vision (g) first; None: no training
 CONTROLS = {
     "base": None,
-    "GRPO": ("", 1),
-    "advantages of 0, no KL": ("--beta 0", 0),
-    "advantages of the wrong sign": ("", -1),
-    "rewarded for format only": ("--rewards format", 1),
-    "format x accuracy (hard)": ("--rewards hard", 1),
-    "0.001 more for each token": ("--rewards accuracy,format,length", 1),
-    "Dr. GRPO": ("--loss_type dr_grpo --scale_rewards false", 1),
-    "loss averaged as in DAPO": ("--loss_type dapo", 1),
+    "GRPO": ("", ""),
+    "advantages of 0, no KL": ("--beta 0", TIMES.format(0)),
+    "advantages of the wrong sign": ("", TIMES.format(-1)),
+    "format x accuracy (hard)": ("--rewards hard", ""),
+    "0.001 more for each token": ("--rewards accuracy,format,length", ""),
+    "Dr. GRPO": ("--loss_type dr_grpo --scale_rewards false", ""),
+    "loss averaged as in DAPO": ("--loss_type dapo", ""),
 }
 PAPER = {
     "base": None,
     "base, direct": None,
-    "base + SFT": (SFT, 1),
-    "base + GRPO without thinking": ("--prompt base-direct --rewards accuracy", 1),
-    "base + GRPO": ("", 1),
-    "instruct-style": (f"{SFT} --prompt instruct", 1),
-    "instruct-style + GRPO": ("", 1),
-    "base + GRPO, vision frozen": ("--freeze vision", 1),
-    "base + GRPO, LLM frozen": ("--freeze llm", 1),
+    "base + SFT": (SFT, ""),
+    "base + GRPO without thinking": ("--prompt direct --rewards accuracy", ""),
+    "base + GRPO": ("", ""),
+    "instruct-style": (f"{SFT} --prompt instruct", ""),
+    "instruct-style + GRPO": ("", ""),
+    "base + GRPO, vision frozen": ("--freeze vision", ""),
+    "base + GRPO, LLM frozen": ("--freeze llm", ""),
 }
-HEAD = ("| | sampled: held-out, % | one block, % | tokens | greedy: held-out, % | CV-Bench's form, % |\n"
+LADDER = {
+    "the data's answers (SFT)": ("--algorithm sft --loss_type dapo --learning_rate 5e-4", ""),
+    "A = R (REINFORCE)": ("", "g.group_advantages = lambda R, *_: R"),
+    "A = R - mean(R)": ("--scale_rewards false", ""),
+    "A = (R - mean(R)) / std(R): GRPO": ("", ""),
+    "four updates per rollout": ("--num_iterations 4", ""),
+    "four updates, no clip": ("--num_iterations 4 --epsilon 1e9", ""),
+    "no KL penalty": ("--beta 0", ""),
+    "ten times the KL penalty": ("--beta 0.1", ""),
+}
+REWARDS = {"accuracy,format": "both", "accuracy": "accuracy alone", "format": "format alone"}
+HEAD = ("| | sampled: held-out, % | one block, % | tokens | greedy: held-out, % | CV-Bench's format, % |\n"
         "|---|--:|--:|--:|--:|--:|")
 ROLES = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n"  # as Qwen's, for one turn of text
          "{{ message['content'] }}<|im_end|>\n{% endfor %}"
          "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
+
+# ---- Runs, each made once --------------------------------------------------------------------------------
 
 def run(name, *command):
     """Run python, unless it was run before -> CPU-seconds. The log is FOLDER/NAME.log and ends in them."""
@@ -72,76 +92,259 @@ def run(name, *command):
     return int(log.read_text().split()[-1])
 
 
-def train(name, flags, factor=1, base=TOY / "base", data=TOY):
-    """A run of grpo_vision.py into FOLDER/NAME -> CPU-seconds."""
-    code = (f"import grpo_vision as g; advantages = g.group_advantages; "
-            f"g.group_advantages = lambda *x: {factor} * advantages(*x); g.main()")
-    return run(name, "-c", code, "--model_name_or_path", base, "--data", data, *flags.split(),
-               "--output_dir", FOLDER / name)
+def train(name, flags, change="", base=TOY / "base", data=TOY):
+    """A run of recipes.py into FOLDER/NAME -> CPU-seconds."""
+    return run(name, "-c", f"import grpo_vision as g, recipes; {change or 'pass'}; recipes.main()", "--data", data,
+               "--model_name_or_path", base, *flags.split(), "--output_dir", FOLDER / name)
+
+
+def evaluate(name, model, data, *flags):
+    """-> summary.json of an evaluation of eval_cvbench.py, as a dict."""
+    out = FOLDER / name
+    run(name, "eval_cvbench.py", "--model", model, "--data", data, "--max_new_tokens", 64, "--output_dir", out, *flags)
+    return json.loads(next(out.rglob("summary.json")).read_text())
 
 
 def answer(name, model, data=TOY, mode="reasoning"):
     """-> the five numbers of a table's row. mode: how to ask."""
-    found = []
-    for kind, path, flags in [("sampled", "test.parquet", "--temperature 1 --strict"),
-                              ("greedy", "test.parquet", ""), ("greedy", "cvbench", "")]:
-        out = FOLDER / f"{name}-{kind}-{path}"
-        run(out.name, "eval_cvbench.py", "--model", model, "--data", data / path, "--modes", mode,
-            "--max_new_tokens", 64, "--output_dir", out, *flags.split())
-        summary = json.loads(next(out.rglob("summary.json")).read_text())
-        found.append(summary["scores"]["total"]["value"])
-        if kind == "sampled":
-            found += [summary["rates"]["one answer block"], summary["rates"]["mean length"]]
-    return found
+    asked = lambda kind, path, *flags: evaluate(f"{name}-{kind}-{path}", model, data / path, "--modes", mode, *flags)
+    sampled = asked("sampled", "test.parquet", "--temperature", 1, "--strict")
+    greedy = [asked("greedy", path) for path in ("test.parquet", "cvbench")]
+    scores = [found["scores"]["total"]["value"] for found in (sampled, *greedy)]
+    return [scores[0], sampled["rates"]["one answer block"], sampled["rates"]["mean length"], *scores[1:]]
+
+
+def at_once(function, tasks):
+    """function(*task) for each task, as many at a time as there are cores -> list of results."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda task: function(*task), tasks))
+
+
+def shown(values, form="{:.1f}"):
+    """One value for each seed -> mean ± standard deviation"""
+    spread = f" ± {form.format(stdev(values))}" if len(values) > 1 else ""
+    return form.format(mean(values)) + spread
 
 
 def row(label, found):
-    """A list of five numbers for each seed -> a line of a table"""
-    spread = lambda values: f" ± {stdev(values):.1f}" if len(values) > 1 else ""
-    cells = [f"{mean(values):.1f}{spread(values)}" for values in zip(*found)]
-    return f"| {label} | {' | '.join(cells)} |"
+    """A list of numbers for each seed -> a line of a table"""
+    return f"| {label} | {' | '.join(map(shown, zip(*found)))} |"
 
 
-def seeds(args):
-    """Each with a world, a base model and a run of its own. Seed 0 is what `python grpo_vision.py` does."""
-    lines, runs = [HEAD], []
-    for seed in range(args.seeds):
-        data = FOLDER / f"world-{seed}" if seed else TOY
-        if seed:
-            run(data.name, TOY / "make.py", "--seed", seed, "--out", data)
-        sets, name = f"{data}/cvbench,{data}/test.parquet", f"seed-{seed}"
-        seconds = train(name, f"--seed {seed} --eval_data {sets}", base=data / "base", data=data)
-        before, after = (answer(f"{name}-{when}", model, data) for when, model in
-                         (("base", data / "base"), ("grpo", FOLDER / name / "final")))
-        lines += [row(f"seed {seed}: base", [before]), row(f"GRPO, {seconds} CPU-seconds", [after])]
-        runs.append(FOLDER / name)
-    figure(runs, args.out / "seeds.png")
-    return lines
+def slug(label, seed):
+    return "".join(c for c in label.replace(" ", "_") if c.isalnum() or c in "_-") + f"-{seed}"
 
 
-def figure(runs, path):
-    """As Figure 1 of the paper: the mean over the runs, and a band from the lowest to the highest."""
+# ---- Figures ---------------------------------------------------------------------------------------------
+
+def panels(columns, width=9, height=3.4):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    picture, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout="constrained")
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
 
-    def band(axis, steps, curves, **style):
-        middle, low, high = (list(map(choice, zip(*curves))) for choice in (mean, min, max))
-        line, = axis.plot(steps, middle, **style)
-        axis.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
-    scores = [read_jsonl(run / "eval.jsonl") for run in runs]
-    for name, label in ("test.parquet", "held-out questions"), ("cvbench", "CV-Bench's form"):
-        curves = [[s for s in one if Path(s["set"]).name == name] for one in scores]
-        steps, values = [s["step"] for s in curves[0]], [[s["accuracy"] for s in one] for one in curves]
-        band(left, steps, values, label=label, marker="o", ms=3)
-    metrics = [read_jsonl(run / "metrics.jsonl") for run in runs]
+
+def band(axis, x, curves, **style):
+    """The mean of the curves, and a band from the lowest to the highest."""
+    middle, low, high = (list(map(choice, zip(*curves))) for choice in (mean, min, max))
+    line, = axis.plot(x, middle, **style)
+    axis.fill_between(x, low, high, color=line.get_color(), alpha=0.15, lw=0)
+
+
+def accuracies(folder, name):
+    """-> training steps, and greedy accuracy on the set `name` at each"""
+    scores = [score for score in read_jsonl(folder / "eval.jsonl") if Path(score["set"]).name == name]
+    return [score["step"] for score in scores], [score["accuracy"] for score in scores]
+
+
+# ---- The story: one group, one changed line, found or invented, what is paid -----------------------------
+
+def decisions(run, words, context):
+    """Probability of each of three tokens: two of the first word, after the first question's prompt; and one
+    after the tokens `context` too."""
+    batch = gv.draw_batch(run, run.cfg, 0)
+    completions = [[words[0]], [words[1]], [*context, words[2]]]
+    ids = gv.torch.zeros(3, len(context) + 1, dtype=gv.torch.long)
+    mask = gv.torch.zeros_like(ids, dtype=gv.torch.bool)
+    for i, tokens in enumerate(completions):
+        ids[i, :len(tokens)], mask[i, :len(tokens)] = gv.torch.tensor(tokens), True
+    first = gv.build_prompts(batch.texts[:1], batch.images[:1], run.tokenizer, run.image_processor, run.sampler)
+    rollout = gv.Rollout(ids, mask, gv.torch.zeros(ids.shape), mask[:, 0])
+    logps = gv.score_rollout(run.policy, [first], rollout, gv.replace(run.cfg, num_generations=3))
+    return [math.exp(logps[i, len(tokens) - 1]) for i, tokens in enumerate(completions)]
+
+
+def group(args):
+    """The default run's first group, and two decisions for its question over the steps."""
+    folder, file = FOLDER / "group", FOLDER / "group/decisions.json"
+    if not file.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        found = []
+
+        def watched(run, cfg, step):
+            ids = lambda text: run.tokenizer(text).input_ids
+            context = ids(" ball northwest left, sun north centre, so left</think>")
+            found.append(decisions(run, [*ids(" ball"), *ids(" i"), *ids("\n")], context))
+            return gv.train_step(run, cfg, step)
+
+        gv.train(gv.parse_config(["--output_dir", str(folder), "--eval_steps", "0"]), watched)
+        file.write_text(json.dumps(found))
+    first, found = read_jsonl(folder / "rollouts.jsonl")[0], json.loads(file.read_text())
+    group_figure(first, found, args.out / "group.png")
+    lines = [f"{first['question']} Options: {', '.join(first['options'])}. Right: {first['answer']}.\n",
+             "| completion | R | A | token that changed most: before -> after |\n|---|--:|--:|---|"]
+    for c in first["completions"]:
+        i = max(range(len(c["tokens"])), key=lambda i: abs(c["after"][i] - c["before"][i]))
+        before, after = math.exp(c["before"][i]), math.exp(c["after"][i])
+        text = "".join(c["tokens"]).replace("\n", "\\n")
+        lines.append(f"| `{text}` | {c['reward']:g} | {c['advantage']:+.2f} | "
+                     f"{json.dumps(c['tokens'][i])}: {before:.2f} -> {after:.2f} |")
+    lines.append("\n| probability of | base | after step 1 | step 10 | step 70 | step 139 |\n|---|--:|--:|--:|--:|--:|")
+    for i, what in enumerate(['" ball" as the first word (describe)', '" i" as the first word (guess)',
+                              "a new line after `</think>` (answer, not stop)"]):
+        lines.append(f"| {what} | " + " | ".join(f"{found[step][i]:.2f}" for step in (0, 1, 10, 70, 139)) + " |")
+    return lines
+
+
+def group_figure(first, found, path):
+    """Left: the group's completions, each token tinted by what the update did to it. Right: the decisions."""
+    figure, (left, right) = panels(2, 11, 3.6)
+    figure.get_layout_engine().set(wspace=0.02)
+    left.set(xlim=(0, 108), ylim=(9, -1.2))
+    left.axis("off")
+    largest = max(abs(a - b) for c in first["completions"] for a, b in zip(c["after"], c["before"]))
+    left.text(0, -0.7, f"{first['question']}  ({first['answer']})", weight="bold", fontsize=8)
+    left.text(91, -0.7, "R", weight="bold", fontsize=8)
+    left.text(98, -0.7, "A", weight="bold", fontsize=8)
+    for y, c in enumerate(first["completions"]):
+        x = 0
+        for token, before, after in zip(c["tokens"], c["before"], c["after"]):
+            token = token.replace("\n", "\\n").replace("<|endoftext|>", "<end>")
+            change = after - before
+            tint = (0.16, 0.62, 0.23) if change > 0 else (0.82, 0.25, 0.17)
+            left.text(x, y + 0.3, token, family="monospace", fontsize=6.2,
+                      bbox=dict(facecolor=(*tint, min(1, 0.9 * abs(change) / largest)), edgecolor="none", pad=0.6))
+            x += 1.08 * len(token) + 0.25
+        left.text(91, y + 0.3, f"{c['reward']:g}", fontsize=7)
+        left.text(96, y + 0.3, f"{c['advantage']:+.2f}", fontsize=7)
+    left.text(0, 8.6, "green: the update made the token likelier; red: less likely", fontsize=7, style="italic")
+    labels = 'first word " ball": describe', 'first word " i": guess', "after </think>: answer, not stop"
+    for i, label in enumerate(labels):
+        right.plot([values[i] for values in found], label=label)
+    right.set(xlabel="training step", ylabel="probability", ylim=(0, 1.02))
+    right.legend(loc="center right", fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def ladder(args):
+    flags = "--max_steps 70 --eval_steps 7 --save_steps 1000 --eval_data"
+    sets = TOY / "test.parquet"
+
+    def one(label, seed):
+        change, name = LADDER[label], slug(label, f"ladder-{seed}")
+        train(name, f"{flags} {sets} --seed {seed} {change[0]}", change[1])
+        return accuracies(FOLDER / name, "test.parquet"), read_jsonl(FOLDER / name / "metrics.jsonl")
+
+    tasks = [(label, seed) for label in LADDER for seed in range(args.seeds)]
+    found = dict(zip(tasks, at_once(one, tasks)))
+    figure, axes = panels(3, 11)
+    lines = ["| greedy on 128 held-out questions, % | step 14 | step 28 | step 70 | kl at the end | clipped tokens, % |\n"
+             "|---|--:|--:|--:|--:|--:|"]
+    for number, label in enumerate(LADDER):
+        runs = [found[label, seed] for seed in range(args.seeds)]
+        steps, curves = runs[0][0][0], [curve for (_, curve), _ in runs]
+        places = [0, 1, 2] if label.endswith("GRPO") else [0 if number < 3 else 1 if number < 6 else 2]
+        for place in places:
+            band(axes[place], steps, curves, label=label, marker="o", ms=3)
+        at = [shown([curve[steps.index(step)] for curve in curves]) for step in (14, 28, 70)]
+        kl = shown([mean(m["kl"] for m in metrics[-10:]) for _, metrics in runs], "{:.3f}")
+        clip = shown([100 * mean(m["clip_ratio"] for m in metrics) for _, metrics in runs], "{:.2f}")
+        lines.append(f"| {label} | {' | '.join(at)} | {kl} | {clip} |")
+    for axis, title in zip(axes, ("from answers to GRPO", "several updates per rollout", "the KL penalty")):
+        axis.set(title=title, xlabel="training step", ylim=(0, 100))
+        axis.legend(loc="lower right", fontsize=7)
+    axes[0].set_ylabel(f"right, %, greedy; {args.seeds} seed(s)")
+    figure.savefig(args.out / "ladder.png", dpi=130)
+    return lines
+
+
+def passk(args):
+    """The share of questions with a right answer in k tries, of the base and of the trained model."""
+    train("seed-0", "--seed 0")
+    flags = "--limit 256 --temperature 1 --num_generations 64 --strict".split()
+    found = at_once(lambda name, model: evaluate(f"passk-{name}", model, TOY / "test.parquet", *flags)["scores"],
+                    [("base", TOY / "base"), ("trained", FOLDER / "seed-0/final")])
+    ks = [2**i for i in range(7)]
+    figure, axis = panels(1, 5)
+    lines = [f"| k | {' | '.join(map(str, ks))} |\n|---|{'--:|' * len(ks)}"]
+    for label, scores in zip(("base", "trained"), found):
+        values = [scores[f"pass@{k}"] for k in ks]
+        lines.append(f"| {label}, % | " + " | ".join(f"{score['value']:.1f}" for score in values) + " |")
+        axis.plot(ks, [score["value"] for score in values], "o-", label=label)
+        axis.fill_between(ks, [score["low"] for score in values], [score["high"] for score in values], alpha=0.15)
+    axis.set(xscale="log", xlabel="k, samples for each question", ylabel="pass@k, %", ylim=(0, 101), xticks=ks)
+    axis.set_xticklabels(ks)
+    axis.minorticks_off()
+    axis.legend()
+    figure.savefig(args.out / "passk.png", dpi=130)
+    return lines
+
+
+def rewards(args):
+    """What the policy does after 20 steps, by what it was paid for."""
+    def one(names, seed):
+        name = slug(REWARDS[names], f"rewards-{seed}")
+        train(name, f"--rewards {names} --max_steps 20 --lr_scheduler_type constant --eval_steps 0 --seed {seed}")
+        row = {i: row for i, row in enumerate(gv.pq.read_table(TOY / "train.parquet").to_pylist())}
+        last = [s for s in read_jsonl(FOLDER / name / "completions.jsonl") if s["step"] > 17]  # 192 samples
+        right = [gv.accuracy_reward(s["completion"], **row[s["row"]]) for s in last]
+        form = [gv.format_reward(s["completion"]) for s in last]
+        return mean("i guess" in s["completion"] for s in last), mean(right), mean(form)
+
+    tasks = [(names, seed) for names in REWARDS for seed in range(args.seeds)]
+    found = dict(zip(tasks, at_once(one, tasks)))
+    lines = ["| rewarded for | guesses | accuracy | format |\n|---|--:|--:|--:|"]
+    figure, axis = panels(1, 5, 2.6)
+    for place, (names, label) in enumerate(REWARDS.items()):
+        columns = [*zip(*(found[names, seed] for seed in range(args.seeds)))]
+        lines.append(f"| {label} | " + " | ".join(shown(values, "{:.2f}") for values in columns) + " |")
+        axis.bar([i + 0.25 * (place - 1) for i in range(3)], list(map(mean, columns)), 0.22, label=label)
+    axis.set(xticks=range(3), ylim=(0, 1), ylabel="share of completions")
+    axis.set_xticklabels(["guesses", "right", "in the format"])
+    axis.legend(title="rewarded for", fontsize=8)
+    figure.savefig(args.out / "rewards.png", dpi=130)
+    return lines
+
+
+# ---- Tables of many runs ---------------------------------------------------------------------------------
+
+def seeds(args):
+    """Each with a world, a base model and a run of its own. Seed 0 is what `python grpo_vision.py` does."""
+    def one(seed):
+        data = FOLDER / f"world-{seed}" if seed else TOY
+        if seed:
+            run(data.name, TOY / "make.py", "--seed", seed, "--out", data)
+        sets, name = f"--eval_data {data}/cvbench,{data}/test.parquet" if seed else "", f"seed-{seed}"
+        seconds = train(name, f"--seed {seed} {sets}", base=data / "base", data=data)
+        before, after = (answer(f"{name}-{when}", model, data) for when, model in
+                         (("base", data / "base"), ("grpo", FOLDER / name / "final")))
+        return [row(f"seed {seed}: base", [before]), row(f"GRPO, {seconds} CPU-seconds", [after])]
+
+    lines = sum(at_once(one, [(seed,) for seed in range(args.seeds)]), [HEAD])
+    runs = [FOLDER / f"seed-{seed}" for seed in range(args.seeds)]
+    figure, (left, right) = panels(2)
+    for name, label in ("test.parquet", "held-out questions"), ("cvbench", "CV-Bench's format"):
+        found = [accuracies(folder, name) for folder in runs]
+        band(left, found[0][0], [values for _, values in found], label=label, marker="o", ms=3)
+    metrics = [read_jsonl(folder / "metrics.jsonl") for folder in runs]
     lengths = [smooth([m["completions/mean_length"] for m in one], 7) for one in metrics]
     band(right, [m["step"] for m in metrics[0]], lengths, color="tab:red")
     left.set(title=f"right, %, greedy; {len(runs)} seeds", xlabel="training step", ylim=(0, 100))
     right.set(title="length of the rollouts, tokens", xlabel="training step", ylim=(0, None))
     left.legend(loc="lower right")
-    picture.savefig(path, dpi=130)
+    figure.savefig(args.out / "seeds.png", dpi=130)
+    return lines
 
 
 def write_chains(path):
@@ -168,35 +371,38 @@ def table(args, variants):
         (roles / "chat_template.jinja").write_text(ROLES)
 
     def one(label, seed):
-        name, start = f"{label.replace(' ', '_').replace(',', '')}-{seed}", {}
+        name, start = slug(label, seed), {}
         mode = "direct" if "direct" in label or "SFT" in label or "without" in label else "reasoning"
         if variants[label] is None:
             return answer(name, TOY / "base", mode=mode)
         if label == "instruct-style":
             start = dict(base=roles, data=chains)
         if label == "instruct-style + GRPO":
-            start = dict(base=FOLDER / f"instruct-style-{seed}" / "final")
-        flags, factor = variants[label]
-        train(name, f"--eval_steps 0 --save_steps 1000 --seed {seed} {flags}", factor, **start)
+            one("instruct-style", seed)
+            start = dict(base=FOLDER / slug("instruct-style", seed) / "final")
+        flags, change = variants[label]
+        train(name, f"--eval_steps 0 --save_steps 1000 --seed {seed} {flags}", change, **start)
         return answer(name, FOLDER / name / "final", mode=mode)
 
-    lines = [HEAD]
-    for label in variants:
-        count = 1 if variants[label] is None else args.seeds
-        lines.append(row(label, [one(label, seed) for seed in range(count)]))
-        print(lines[-1], flush=True)
-    return lines
+    tasks = [(label, seed) for label, how in variants.items() for seed in range(1 if how is None else args.seeds)]
+    found = at_once(one, [task for task in tasks if task[0] != "instruct-style + GRPO"])
+    found = dict(zip([task for task in tasks if task[0] != "instruct-style + GRPO"], found))
+    found |= {task: one(*task) for task in tasks if task not in found}
+    return [HEAD, *(row(label, [found[task] for task in tasks if task[0] == label]) for label in variants)]
+
+
+EXPERIMENTS = dict(group=group, ladder=ladder, passk=passk, rewards=rewards, seeds=seeds,
+                   controls=lambda args: table(args, CONTROLS), paper=lambda args: table(args, PAPER))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("experiment", choices=["seeds", "controls", "paper"])
+    parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--seeds", type=int, default=3, help="seeds 0 .. SEEDS - 1")
-    parser.add_argument("--out", type=Path, default=TOY / "results", help="folder of tables and figure")
+    parser.add_argument("--out", type=Path, default=TOY / "results", help="folder of tables and figures")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
-    variants = dict(controls=CONTROLS, paper=PAPER)
-    lines = seeds(args) if args.experiment == "seeds" else table(args, variants[args.experiment])
+    lines = EXPERIMENTS[args.experiment](args)
     (args.out / f"{args.experiment}.md").write_text("\n".join(lines) + "\n")
     print(*lines, sep="\n")
 

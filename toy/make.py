@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from grpo_vision import IMAGE_TOKENS, TEMPLATES, build_question, fail, fast_vision
+from grpo_vision import IMAGE_TOKENS, TEMPLATES, build_question, fail, fast_vision, spell_as_published
 from prepare_sat import SAT_FEATURES, write_parquet
 
 # ---- The world: two to four coloured shapes on a 3 x 3 grid, each near or far ----------------------------
@@ -440,6 +440,7 @@ def train_base(path, rng, seen, seed, school=SCHOOL):
         bar.set_postfix_str(f"{lesson}, loss {loss.item():.2f}")
     for part in (model.bfloat16(), tokenizer, processor):
         part.save_pretrained(path)
+    spell_as_published(path)
 
 
 def make(out=HERE, seed=0):
