@@ -1174,7 +1174,7 @@ def setup(cfg, evaluation):
         unfinished.write_text(json.dumps(asdict(cfg), indent=2))
         unfinished.replace(run.output_dir / "config.json")
     run.output_dir, = broadcast_object_list([run.output_dir if is_main else None])
-    run.accelerator.project_configuration.set_directories(run.output_dir)
+    run.accelerator.project_configuration.logging_dir = run.output_dir
     run.accelerator.init_trackers("grpo_vision")
     run.accelerator.print(
         f"{run.output_dir}: {run.sampler.num_parameters() / 1e6:.1f}M parameters, {run.sampler.dtype}, {count} x "

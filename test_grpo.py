@@ -5,6 +5,7 @@
 They write small models of the published layouts, and small files of SAT's and CV-Bench's layouts. Where a
 check could pass by accident, the wrong way is computed as well and has to fail it.
 """
+import ast
 import copy
 import doctest
 import html
@@ -31,12 +32,14 @@ from unittest.mock import Mock
 SCRATCH = tempfile.TemporaryDirectory()  # set before the imports below, which read these:
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=SCRATCH.name, CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="1")
 
+import accelerate
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from filelock import FileLock
+from accelerate.utils import LoggerType
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
@@ -1749,6 +1752,7 @@ def test_two_stages_are_one_run_and_resuming_is_bit_equal(train, tmp_path, capsy
     samples = jsonl(whole / "completions.jsonl")
     lengths = [[s["length"] for s in samples if s["step"] == step] for step in (1, 2, 3, 4)]
     assert [(len(some), max(some) > 3) for some in lengths] == [(4, False)] * 2 + [(8, True)] * 2
+    assert {m["learning_rate"] for m in jsonl(whole / "metrics.jsonl")} == {1e-3}  # constant
     (again / "checkpoint-9.tmp").mkdir()  # what a run leaves that is killed while it saves
     (again / "metrics.jsonl").open("a").write('{"step": 99, "half a li')
     g.main([*go_on, str(again)])
@@ -1875,6 +1879,85 @@ def test_what_cannot_be_drawn_does_not_stop_training(train, tmp_path, monkeypatc
     monkeypatch.setattr(eval_cvbench, "draw_curves", lambda *_: 1 / 0)
     train(tmp_path / "other", "--max_steps", 1)
     assert "ZeroDivisionError" in capsys.readouterr().err and (tmp_path / "other/checkpoint-1").exists()
+
+
+# ---- The house: one file that stands alone, and what is built around it ------------------------------------
+
+def test_the_script_trains_alone_in_an_empty_folder_under_any_name(tmp_path):
+    shutil.copy(g.__file__, tmp_path / "mine.py")
+    flags = f"--model_name_or_path {g.TOY}/base --data {g.TOY} --prompts_per_step 2"
+    start = lambda steps, *more: succeed(subprocess.Popen(
+        [sys.executable, "mine.py", *flags.split(), "--max_steps", steps, *more],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))[0]
+    said = start("1")
+    assert said.count("eval_cvbench.py is not here") == 1 and "step    1" in said
+    run, = (tmp_path / "runs").iterdir()
+    assert {path.name for path in run.iterdir()} == {".lock", "config.json", "metrics.jsonl", "checkpoint-1", "final"}
+    start("2", "--resume", "--output_dir", str(run))
+    assert [m["step"] for m in jsonl(run / "metrics.jsonl")] == [1, 2]
+    assert not same_weights(run / "checkpoint-1", run / "final")
+    (tmp_path / "eval_cvbench.py").write_text("import no_such_library")  # beside it, but broken: not forgiven
+    broken = subprocess.run([sys.executable, "mine.py", *flags.split()], cwd=tmp_path, capture_output=True, text=True)
+    assert broken.returncode == 1 and "no_such_library" in broken.stderr
+
+
+def test_each_script_imports_only_what_stands_below_it():
+    own = {"grpo_vision", "recipes", "prepare_sat", "eval_cvbench", "test_grpo", "make", "step", "plan"}
+
+    def imported(file):
+        """-> own modules that a file imports: at the top, and inside of functions."""
+        tree = ast.parse((g.HERE / file).read_text())
+        names = lambda node: {node.module} if isinstance(node, ast.ImportFrom) else {x.name for x in node.names}
+        kinds = ast.Import, ast.ImportFrom
+        top = set().union(*(names(node) for node in tree.body if isinstance(node, kinds)))
+        whole = set().union(*(names(node) for node in ast.walk(tree) if isinstance(node, kinds)))
+        return top & own, (whole - top) & own
+
+    assert imported("grpo_vision.py") == (set(), {"eval_cvbench"})
+    assert imported("recipes.py") == ({"grpo_vision"}, set())
+    for name in "eval_cvbench.py", "prepare_sat.py":
+        assert imported(name) == ({"grpo_vision", "recipes"}, set())
+
+
+def test_sft_logs_the_negative_log_likelihood_of_what_is_given(train, tmp_path, monkeypatch):
+    seen, step = [], recipes.sft_step
+    monkeypatch.setattr(recipes, "sft_step", lambda *args: seen.append(step(*args)) or seen[-1])
+    train(tmp_path / "run", *"--algorithm sft --rewards accuracy --max_steps 1".split(), main=recipes.main)
+    came, (metrics,) = seen[0], jsonl(tmp_path / "run/metrics.jsonl")
+    nll = -came.logps[came.rollout.completion_mask].mean().item()
+    assert metrics["nll"] == pytest.approx(nll, rel=1e-5) and metrics["loss"] == pytest.approx(-1)
+    assert came.batch.texts[0].endswith("Assistant: ") and "sampler_mismatch" not in metrics
+
+
+@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
+def test_the_same_numbers_go_to_a_tracker(tracker, train, tmp_path, monkeypatch):
+    written = []
+    writer = SimpleNamespace(add_scalar=lambda name, value, **at: written.append((at["global_step"], name, value)),
+                             flush=lambda: None, close=lambda: written.append("closed"), add_hparams=lambda *_, **__: 0)
+    stand_in = SimpleNamespace(SummaryWriter=lambda folder: written.append(folder) or writer)
+    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
+    monkeypatch.setattr(torch.utils, "tensorboard", stand_in, raising=False)
+    if tracker == "wandb":
+        with stops("--report_to wandb", "pip install wandb"):
+            train(tmp_path / "run", "--report_to", tracker)
+        return
+    train(tmp_path / "run", "--report_to", tracker, "--max_steps", 2)
+    folder, *values, closed = written
+    assert str(folder).startswith(str(tmp_path / "run")) and closed == "closed"
+    logged = [(m["step"], name, m[name]) for m in jsonl(tmp_path / "run/metrics.jsonl", drop="-") for name in m]
+    assert sorted(values) == sorted(logged)
+
+
+def test_small_parts_of_the_evaluation_by_hand(cvbench, tmp_path):
+    chosen = [q["id"] for q in eval_cvbench.load_questions(str(cvbench), 3)]
+    assert chosen == sorted(random.Random("questions").sample(range(5), 3)) != [0, 1, 2]
+    assert eval_cvbench.smooth([0, 3, 6, 9, 0], 3) == [1.5, 3, 6, 5, 4.5]  # fewer at the ends
+    answers = [{"correct": i < 3, "length": i, "chosen": None, "finished": True, "extracted": "", "completion": ""}
+               for i in range(4)]
+    eval_cvbench.append_score(tmp_path / "eval.jsonl", 7, "set", [{"answers": [a]} for a in answers])
+    assert jsonl(tmp_path / "eval.jsonl") == [dict(step=7, set="set", questions=4, accuracy=75.0, mean_length=1.5,
+                                                   standard_error=pytest.approx(100 * (0.75 * 0.25 / 4) ** 0.5))]
 
 
 # ---- One process or many ---------------------------------------------------------------------------------
