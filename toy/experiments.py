@@ -13,6 +13,7 @@ CV-Bench's format, graded as in evaluation. Rows give the mean and the standard 
 runs and answers go to runs/experiments; what is there already is not made again. --seeds 1 takes one seed.
 """
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -171,7 +172,7 @@ def decisions(run, words, context):
         ids[i, :len(tokens)], mask[i, :len(tokens)] = gv.torch.tensor(tokens), True
     first = gv.build_prompts(batch.texts[:1], batch.images[:1], run.tokenizer, run.image_processor, run.sampler)
     rollout = gv.Rollout(ids, mask, gv.torch.zeros(ids.shape), mask[:, 0])
-    logps = gv.score_rollout(run.policy, [first], rollout, gv.replace(run.cfg, num_generations=3))
+    logps = gv.score_rollout(run.policy, [first], rollout, dataclasses.replace(run.cfg, num_generations=3))
     return [math.exp(logps[i, len(tokens) - 1]) for i, tokens in enumerate(completions)]
 
 
