@@ -39,7 +39,7 @@ of them: data, models (`build_models`), optimizer. policy(encode, x) is encode(m
     accelerate launch --num_processes 8 grpo_vision.py --preset sat   # the same, sharded over eight GPUs
 """
 import hashlib, importlib.util, io, json, math, os, random, re, shlex, shutil, signal, sys, time, warnings
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -99,7 +99,8 @@ TASK = ("A conversation between User and Assistant. The user asks a question abo
         "Assistant solves it.")
 TEMPLATES = {
     "base": TASK + " The assistant first thinks about the reasoning process in the mind and then provides "
-            "the user with the answer.\nUser: {question} \nAssistant: Let me solve this step by step.\n<think>",
+            "the user with the answer.\nUser: {question} \nAssistant: Let me solve this step by "
+            "step.\n<think>",
     "base-direct": TASK + "\nUser: {question} \nAssistant: ",
     "instruct": "{question}  Output the thinking process in <think> </think> and final answer (option) in "
                 "<answer> </answer> tags.",
@@ -300,7 +301,7 @@ def compute_rewards(cfg, rollout, rows, template):
         numbers = [value if isinstance(value, (int, float)) else math.nan for value in values]
         rewards[name] = torch.tensor(numbers, dtype=torch.float32, device=rollout.lengths.device)  # (N,)
         bad = [value for value, number in zip(values, rewards[name].tolist()) if not math.isfinite(number)]
-        require(not bad, f"the reward {name} must be one finite number for each completion, and was {bad[:1]}")
+        require(not bad, f"the reward {name} must be a finite number for each completion, and was {bad[:1]}")
     return rewards
 
 
@@ -391,7 +392,7 @@ def weigh_tokens(lengths, finished, cfg):
 
 def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, token_weights,
               completion_mask, epsilon, epsilon_high, beta):
-    """The loss of K of the step's completions (arXiv 2402.03300, eq. 3), and to log, kl and a clip mask (K, C).
+    """The loss of K of the step's completions (arXiv 2402.03300, eq. 3); to log, kl and a clip mask, (K, C).
     *_logps, completion_mask: (K, C); advantages, token_weights: (K,).
 
     While pi is pi_old, the ratio is 1 and its gradient is that of log pi: every token is pushed up or down by
@@ -499,8 +500,8 @@ def build_prompts(texts, images, tokenizer, image_processor, model, first=0):
 
 def chunks(prompts, rollout, cfg):
     """Split a pass's completions into chunks, shortest first. A chunk is one completion, or as many as have
-    at most score_tokens tokens when padded; it may mix groups. Yields their indices in the rollout (K,), those
-    of their prompts among the n (K,), completion_ids and completion_mask (K, C)."""
+    at most score_tokens tokens when padded; it may mix groups. Yields their indices in the rollout (K,),
+    those of their prompts among the n (K,), completion_ids and completion_mask (K, C)."""
     G, lengths, found = cfg.num_generations, rollout.lengths.tolist(), [[]]
     first = prompts.first * G
     for index in sorted(range(first, first + len(prompts.lengths) * G), key=lengths.__getitem__):
@@ -610,10 +611,11 @@ SERVED_PROMPT = (
 def load_processors(path, max_pixels=None):
     """-> tokenizer, image processor (PIL's: no torchvision needed). max_pixels None: the files' value."""
     with explained(f"cannot load tokenizer and image processor from {path}"):
-        tokenizer, limits = AutoTokenizer.from_pretrained(path), {"max_pixels": max_pixels} if max_pixels else {}
+        tokenizer = AutoTokenizer.from_pretrained(path)
         old = cached_file(path, "chat_template.json", _raise_exceptions_for_missing_entries=False)
         if old and not tokenizer.chat_template:  # where some published folders have it
             tokenizer.chat_template = json.loads(Path(old).read_text())["chat_template"]
+        limits = {"max_pixels": max_pixels} if max_pixels else {}
         return tokenizer, Qwen2VLImageProcessorPil.from_pretrained(path, **limits)
 
 
@@ -622,18 +624,15 @@ def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32)
     tokenizer's first. suppressed, (V,) bool: other special tokens, and vocabulary rows without a token."""
     with explained(f"cannot load a model from {path}"):
         config, families = AutoConfig.from_pretrained(path), ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
-        require(config.model_type in families, f"{path} is a {config.model_type} model, and none of {families}")
-        quantised = hasattr(config, "quantization_config")
-        require(not quantised, f"{path} is quantised and cannot be trained. Take the bf16 model.")
+        require(config.model_type in families, f"{path} is a {config.model_type} model, none of {families}")
+        require(not hasattr(config, "quantization_config"), f"{path} is quantised. Take the bf16 model.")
+        require(not Path(path, "adapter_config.json").exists(), f"{path} has an adapter. Merge it first.")
         sliding = getattr(config.text_config, "use_sliding_window", False)
         require(not sliding, f"{path} attends in a sliding window, which the decoder does not know")
-        adapter = Path(path, "adapter_config.json").exists()
-        require(not adapter, f"{path} holds an adapter. Merge it into the weights first.")
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True)
-    faults = [f"{name} ({kind})" for kind in ("missing_keys", "unexpected_keys") for name in sorted(report[kind])]
-    if tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id:
-        faults.append("<|image_pad|>")
+    faults = [*sorted(report["missing_keys"]), *sorted(report["unexpected_keys"])]
+    faults += ["<|image_pad|>"] * (tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id)
     require(not faults, f"{path}: config.json, weights and tokenizer do not fit: {faults[:1]}")
     # what the files hold, whatever config.json says
     tied = model.lm_head.weight is model.get_input_embeddings().weight
@@ -663,9 +662,9 @@ def fast_vision(model):
 
 def choose_prompt(tokenizer, prompt="auto"):
     """-> name of a template. auto, direct: instruct's if the chat template knows roles, else base's."""
-    kind = "instruct" if "role" in (tokenizer.chat_template or "") else "base"
-    fits = kind == "instruct" or not prompt.startswith("instruct")
-    require(fits, f"--prompt {prompt}: the model has no chat template with roles. Leave it out.")
+    roles = "role" in (tokenizer.chat_template or "")
+    require(roles or not prompt.startswith("instruct"), f"--prompt {prompt}: no chat template with roles")
+    kind = "instruct" if roles else "base"
     return {"auto": kind, "direct": f"{kind}-direct"}.get(prompt, prompt)
 
 
@@ -686,25 +685,22 @@ def checkpoint_layers(model):
 
 
 def compute_dtype(device):
-    """What models compute in: float32 on a CPU, bfloat16 on a GPU."""
-    if device.type == "cpu":
-        return torch.float32
-    has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
-    require(has_bf16, "this GPU has no bfloat16. Take an Ampere or newer one, or the CPU: ACCELERATE_USE_CPU=1.")
-    return torch.bfloat16
+    """float32 on a CPU, bfloat16 on a GPU."""
+    has_bf16 = device.type == "cpu" or torch.cuda.is_bf16_supported(including_emulation=False)
+    require(has_bf16, "this GPU has no bfloat16. Take an Ampere or newer, or the CPU: ACCELERATE_USE_CPU=1.")
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def build_models(run, cfg, start):
     """Load the folder or hub id `start` into `run`:
 
     master     the float32 weights that AdamW moves: bf16 would round away updates of 1e-6
-    sampler    a plain model with these weights in `compute_dtype`. It writes the completions.
-    policy     what is scored and trained. One process: the sampler, so what samples is what is trained.
-               Several: master, sharded, whose layers compute in `compute_dtype`.
+    sampler    a plain model with these weights in `compute_dtype`, which writes the completions
+    policy     what is scored and trained. One process: the sampler, so that what samples is what is trained;
+               master never runs. Several: master, sharded, whose layers compute in `compute_dtype`.
     reference  the model before training in `compute_dtype`; None if beta is 0
 
-    With one process on a CPU the first three are one model. On a GPU master never runs, and with cpu_offload
-    it is in CPU memory."""
+    With one process in float32 the first three are one model."""
     device, sharded = run.accelerator.device, run.accelerator.num_processes > 1
     dtype = compute_dtype(device)
     load = lambda path, dtype: load_model(path, run.tokenizer, cfg.attn_implementation, dtype)
@@ -730,15 +726,15 @@ torch.backends.cuda.enable_cudnn_sdp(False)
 
 
 def check_launch():
-    """Stop where a launcher's variables would make each process train alone, or not as this program trains."""
-    env = os.environ
-    for name in (name for name in env if name.startswith("ACCELERATE_USE_")):
-        known = name in ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP") or env[name].lower() in ("", "0", "false")
-        require(known, f"{name} is set. This program uses FSDP2: unset it, or start with python or torchrun.")
+    """Stop where a launcher's variables would make each process train alone, or in another program's way."""
+    env, usual = os.environ, ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP")
     signs = "MASTER_ADDR RANK LOCAL_RANK PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split()
-    found = [name for name in signs if "WORLD_SIZE" not in env and env.get(name, "1") != "1"]
-    found += ["WORLD_SIZE"] * (not env.get("WORLD_SIZE", "1").isdigit())
-    require(not found, f"{found[:1]} is set, WORLD_SIZE is {env.get('WORLD_SIZE')}: each process would train alone. "
+    other = [name for name in env if name.startswith("ACCELERATE_USE_") and name not in usual]
+    other = [name for name in other if env[name].lower() not in ("", "0", "false")]
+    require(not other, f"{other} is set. This program uses FSDP2: unset it, or start with torchrun.")
+    alone = [name for name in signs if "WORLD_SIZE" not in env and env.get(name, "1") != "1"]
+    alone += ["WORLD_SIZE"] * (not env.get("WORLD_SIZE", "1").isdigit())
+    require(not alone, f"{alone} is set and WORLD_SIZE is {env.get('WORLD_SIZE')}: processes would train alone. "
             "Start with torchrun or accelerate launch --multi_gpu; for a single process, unset it.")
 
 
@@ -750,11 +746,11 @@ def make_accelerator(cfg):
         # gloo on GPUs too: offloaded gradients are clipped on the CPU
         backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
         torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
-    tracker, B = None if cfg.report_to == "none" else cfg.report_to, cfg.prompts_per_step
     # cpu: not a Mac's "mps"
+    tracker = None if cfg.report_to == "none" else cfg.report_to
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", log_with=tracker, project_dir=RUNS)
-    require(not tracker or accelerator.log_with, f"--report_to {tracker} needs a library: pip install {tracker}")
-    count = accelerator.num_processes
+    require(not tracker or accelerator.log_with, f"--report_to {tracker}: pip install {tracker}")
+    B, count = cfg.prompts_per_step, accelerator.num_processes
     require(B % count == 0, f"--prompts_per_step {B} cannot be shared by {count} processes")
     return accelerator
 
@@ -763,8 +759,7 @@ def shard(run, cfg):
     """Fully sharded data parallel: weights, gradients and optimizer state, in float32, over the processes.
     Layers compute in `compute_dtype`; gradients are summed in float32. (accelerate's "bf16" sums in bf16.)"""
     state, dtype = run.accelerator.state, compute_dtype(run.accelerator.device)
-    sums = torch.promote_types(dtype, torch.float32)
-    precision = MixedPrecisionPolicy(dtype, reduce_dtype=sums, cast_forward_inputs=False)
+    precision = MixedPrecisionPolicy(dtype, torch.promote_types(dtype, torch.float32), None, False)
     offload = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if cfg.cpu_offload else False
     state.distributed_type = DistributedType.FSDP  # by hand: accelerate's argument would give a CPU DDP
     state.fsdp_plugin = FullyShardedDataParallelPlugin(
@@ -788,8 +783,8 @@ def sum_gradients(model, master, cpu_offload):
     """Sum the gradients of several backwards in float32: when one leaves a gradient on a weight of `model`,
     add it to the gradient of master's weight, and free it. To the CPU it goes through one pinned buffer."""
     weights = list(model.parameters())
-    buffer = torch.empty(max(weight.numel() for weight in weights) if cpu_offload else 0,
-                         dtype=torch.promote_types(model.dtype, torch.float32), pin_memory=torch.cuda.is_available())
+    largest = max(weight.numel() for weight in weights)
+    buffer = torch.empty(largest * cpu_offload, pin_memory=torch.cuda.is_available())
 
     def add(own, weight):
         gradient, weight.grad = weight.grad.to(own.dtype), None
@@ -836,8 +831,8 @@ def open_image(image, where):
     transparent. where: what to name if it cannot be read."""
     with explained(f"{where}: an image cannot be read"):
         picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
-        if picture.mode.startswith(("I", "F")):
-            raise ValueError("its greys are deeper than 8 bits")  # PIL would make them white or black
+        # PIL would make them white or black
+        require(not picture.mode.startswith(("I", "F")), f"{where}: greys deeper than 8 bits cannot be read")
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
             picture = picture.convert("RGBA")
@@ -846,17 +841,16 @@ def open_image(image, where):
 
 
 def read_rows(run, path):
-    """Parquet file from prepare_sat.py -> the rows (dicts) whose prompts have at most max_prompt_length tokens,
-    with those of the images, of which only the headers are read."""
+    """Parquet file from prepare_sat.py -> the rows (dicts) whose prompts have at most max_prompt_length
+    tokens, with those of the images, of which only the headers are read."""
     kept, limit = [], run.cfg.max_prompt_length
     with explained(f"--data {path} cannot be read"):
         table = pq.read_table(path)
-    checked = MARK in (table.schema.metadata or {})
-    require(checked, f"{path} is not from prepare_sat.py. Convert it: python prepare_sat.py --from {path}")
+    require(MARK in (table.schema.metadata or {}), f"{path} is not from: prepare_sat.py --from {path}")
     for index, row in enumerate(tqdm(table.to_pylist(), "measuring prompts", leave=False)):
         sizes = [Image.open(io.BytesIO(image["bytes"])).size for image in row["images"] or []]
-        trains = sizes or run.accelerator.num_processes == 1
-        require(trains, f"{path}, row {index} has no image. Only one process can train on it.")
+        alone = run.accelerator.num_processes == 1
+        require(sizes or alone, f"{path}, row {index} has no image. Only one process can train on it.")
         patches = sum(run.image_processor.get_number_of_image_patches(*size[::-1]) for size in sizes)
         tokens = len(run.tokenizer(row_text(row, run.template, run.tokenizer)).input_ids) - len(sizes)
         if tokens + patches // run.image_processor.merge_size**2 <= limit:
@@ -875,30 +869,32 @@ def draw_rows(rows, seed, first, count):
     return [rows[walks[i // n][i % n]] for i in range(first, last + 1)]
 
 
-# ---- What a step measured --------------------------------------------------------------------------------
+# ---- What a step measured, and the files of a run --------------------------------------------------------
 
 def log_step(run, step, came):
     """Append what a step measured, over all processes, to metrics.jsonl, and print a line. A gradient that is
     not finite ends the run. came.samples becomes the step's completions, as records."""
-    rollout, batch, G = came.rollout, came.batch, came.cfg.num_generations
-    came.samples = samples = gather_object([
-        {"step": step, "row": batch.rows[i // G]["row"], "prompt": batch.texts[i // G], "completion": text,
-         "length": int(rollout.lengths[i]), "finished": bool(rollout.finished[i]),
-         **{f"rewards/{name}": values[i].item() for name, values in came.rewards.items()},
-         "reward": sum(values[i].item() for values in came.rewards.values()),
-         "advantage": came.advantages[i].item()} for i, text in enumerate(rollout.texts)])
-    sums, column = gather_object([came.sums]), lambda name: [sample[name] for sample in samples]
-    rewards, tokens = column("reward"), sum(column("length"))
-    groups = [rewards[i:i + G] for i in range(0, len(rewards), G)]
+    rollout, G = came.rollout, came.cfg.num_generations
+    parts = {f"rewards/{name}": values.tolist() for name, values in came.rewards.items()}
+    columns = parts | dict(
+        reward=[*map(sum, zip(*parts.values()))], advantage=came.advantages.tolist(), completion=rollout.texts,
+        length=rollout.lengths.tolist(), finished=rollout.finished.tolist(),
+        prompt=[text for text in came.batch.texts for _ in range(G)],
+        row=[row["row"] for row in came.batch.rows for _ in range(G)])
+    samples = gather_object([dict(zip(columns, values), step=step) for values in zip(*columns.values())])
+    came.samples, sums = samples, gather_object([came.sums])
+    average = lambda name: mean(sample[name] for sample in samples)
+    groups = [[sample["reward"] for sample in samples[i:i + G]] for i in range(0, len(samples), G)]
+    tokens = sum(sample["length"] for sample in samples)
     metrics = {"step": step, "loss": mean(part.pop("loss") for part in sums),
                "grad_norm": [part.pop("grad_norm") for part in sums][0],
                "sampler_mismatch_max": max(part.pop("sampler_mismatch_max", 0) for part in sums),
                **{name: sum(part[name] for part in sums) / tokens for name in sums[0]},
-               **{name: mean(column(name)) for name in samples[0] if name.startswith("reward")},
+               "reward": average("reward"), **{name: average(name) for name in parts},
                "reward_std": mean(stdev(group) if G > 1 else 0.0 for group in groups),
                "frac_reward_zero_std": mean(max(group) == min(group) for group in groups),
                "completions/mean_length": tokens / len(samples),
-               "completions/clipped_ratio": 1 - mean(column("finished")),
+               "completions/clipped_ratio": 1 - average("finished"),
                "learning_rate": run.optimizer.param_groups[0]["lr"],
                **{f"seconds/{name}": end - begin for name, begin, end in
                   zip(("rollout", "reference", "update"), came.clock, came.clock[1:])}}
@@ -909,12 +905,10 @@ def log_step(run, step, came):
     run.accelerator.log(metrics, step=step)
     if run.accelerator.is_main_process:
         append_jsonl(run.output_dir / "metrics.jsonl", [metrics])
-        names = ["reward", *(f"rewards/{name}" for name in came.rewards), "completions/mean_length", "kl"]
+        names = ["reward", *parts, "completions/mean_length", "kl"]
         shown = [f"{name.split('/')[-1]} {metrics[name]:.2f}" for name in names]
         tqdm.write("  ".join([f"step {step:4d}", *shown, f"{came.clock[-1] - came.clock[0]:.1f} s"]))
 
-
-# ---- The files of a run ----------------------------------------------------------------------------------
 
 def fail(message):
     """Exit (code 1) with one sentence where a traceback would not help the user."""
@@ -955,8 +949,7 @@ def checkpoints(output_dir):
 
 
 def training_state(run):
-    """What resuming needs, for torch.distributed.checkpoint: the float32 weights, AdamW's state, and a digest of
-    the data and the model that the run began with."""
+    """What resuming needs: the float32 weights, AdamW's state, a digest of the data and the first model."""
     weights, optimizer = get_state_dict(run.master, run.optimizer)
     if run.sampler.config.tie_word_embeddings:
         del weights["model.lm_head.weight"]  # the same as the embedding
@@ -991,10 +984,10 @@ def save(folder, run, with_state=False):
         if with_state:
             dcp.save(training_state(run), checkpoint_id=temporary / "state")
     except (Exception, dcp.api.CheckpointException) as error:  # a full disk raises many, and not all say so
-        free, reason = shutil.disk_usage(run.output_dir).free / 1e9, str(error).strip().splitlines()[-1]
+        free = shutil.disk_usage(run.output_dir).free / 1e9
         shutil.rmtree(temporary, ignore_errors=True)
-        fail(f"cannot save {folder} ({reason}). No space? {free:.1f} GB were free. Earlier checkpoints are "
-             f"intact. Free space, then --resume --output_dir {shlex.quote(str(run.output_dir))}")
+        fail(f"cannot save {folder} ({str(error).strip().splitlines()[-1]}). No space? {free:.1f} GB were free. "
+             f"Earlier checkpoints are intact; --resume --output_dir {shlex.quote(str(run.output_dir))}")
     run.accelerator.wait_for_everyone()
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)
@@ -1011,9 +1004,9 @@ def check_disk(run, cfg, done):
     models = 1 + min(saves, cfg.save_total_limit or saves)  # with final/
     # state/ has 12 bytes a weight, float32 and AdamW's two moments. A new one is complete before the old goes
     a_weight = models * run.sampler.dtype.itemsize + (1 if done else 2) * 12
-    needed, free = run.sampler.num_parameters() * a_weight, shutil.disk_usage(run.output_dir).free
-    require(needed <= free, f"the run will save {needed / 1e9:.1f} GB, and {run.output_dir} has {free / 1e9:.1f} GB "
-            "left. Free space, lower --save_total_limit, or choose another --output_dir.")
+    needed, free = run.sampler.num_parameters() * a_weight / 1e9, shutil.disk_usage(run.output_dir).free / 1e9
+    require(needed <= free, f"the run will save {needed:.1f} GB, and {run.output_dir} has {free:.1f} GB left. "
+            "Free space, lower --save_total_limit, or choose another --output_dir.")
 
 
 def claim(cfg):
@@ -1127,18 +1120,16 @@ def parse_config(argv=None, config_class=Config):
     for name in saved.keys() - {"resume"}:
         if getattr(cfg, name) != saved[name]:
             print(f"--resume: {name} was {saved[name]} and is {getattr(cfg, name)} from here on")
-            require(name != "prompts_per_step", "--prompts_per_step must stay, or the place in the data is lost")
+            require(name != "prompts_per_step", "--prompts_per_step: the place in the data would be lost")
     return cfg
 
 
 # ---- A run -----------------------------------------------------------------------------------------------
 
-def setup(cfg, evaluation):
-    """-> everything a run needs, in one namespace, and the number of steps already done."""
-    run = SimpleNamespace(cfg=cfg, accelerator=make_accelerator(cfg))
+def setup(run, cfg):
+    """Put into `run` everything that training needs -> the number of steps already done."""
+    run.accelerator = make_accelerator(cfg)
     is_main, count = run.accelerator.is_main_process, run.accelerator.num_processes
-    if is_main and cfg.resume:
-        run.output_dir, run.lock = claim(cfg)
     last = checkpoints(cfg.output_dir)[-1:] if cfg.resume else []
     start, done = (last[0], int(last[0].name[11:])) if last else (cfg.model_name_or_path, 0)
     lost = cfg.resume and not last and Path(cfg.output_dir, "final").exists()
@@ -1150,7 +1141,7 @@ def setup(cfg, evaluation):
     run.rows = read_rows(run, cfg.data)
     files = [Path(cfg.data), *sorted(Path(cfg.model_name_or_path).glob("*.safetensors"))]
     run.begun = " ".join(hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files)
-    evaluation.on_init_end(run)
+    run.tell("on_init_end")
     build_models(run, cfg, start)
     trained = [weight for weight in run.master.parameters() if weight.requires_grad]
     run.optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=0.0, fused=True)
@@ -1165,40 +1156,19 @@ def setup(cfg, evaluation):
         require(same, f"--resume: {cfg.output_dir} began with other data or another model. Give those.")
         refresh(run.sampler, run.master)
     if is_main:
-        if not cfg.resume:
-            run.output_dir, run.lock = claim(cfg)
+        run.output_dir, run.lock = claim(cfg)
         check_disk(run, cfg, done)
-        if (log := run.output_dir / "metrics.jsonl").exists():  # a killed run may have logged more than it saved
+        log, unfinished = run.output_dir / "metrics.jsonl", run.output_dir / "config.json.tmp"
+        if log.exists():  # a killed run may have logged more than it saved
             os.truncate(log, len(b"".join(log.read_bytes().splitlines(keepends=True)[:done])))
-        unfinished = run.output_dir / "config.json.tmp"
         unfinished.write_text(json.dumps(asdict(cfg), indent=2))
         unfinished.replace(run.output_dir / "config.json")
     run.output_dir, = broadcast_object_list([run.output_dir if is_main else None])
     run.accelerator.project_configuration.logging_dir = run.output_dir
     run.accelerator.init_trackers("grpo_vision")
-    run.accelerator.print(
-        f"{run.output_dir}: {run.sampler.num_parameters() / 1e6:.1f}M parameters, {run.sampler.dtype}, {count} x "
-        f"{run.sampler.device.type}; prompt {run.template}; steps {done + 1} to {cfg.max_steps}")
-    return run, done
-
-
-@contextmanager
-def stop_signals():
-    """Yields a list that Ctrl-C, SIGTERM or SIGUSR1 fills, so that the step can end and be saved. The old
-    handler is back for the next one, and at the end."""
-    asked, old = [], {}
-
-    def ask(number, frame):
-        asked.append(number)
-        signal.signal(number, old[number])
-
-    try:
-        for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
-            old[number] = signal.signal(number, ask)
-        yield asked
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+    size = f"{run.sampler.num_parameters() / 1e6:.1f}M parameters in {run.sampler.dtype}"
+    run.accelerator.print(f"{run.output_dir}: {size}, {count} x {run.sampler.device.type}, prompt {run.template}")
+    return done
 
 
 def train(cfg, train_step=train_step):
@@ -1206,31 +1176,39 @@ def train(cfg, train_step=train_step):
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, on purpose
-    if importlib.util.find_spec("eval_cvbench"):
-        import eval_cvbench as evaluation
-    else:
-        events = "on_init_end", "on_train_begin", "on_step_end", "on_save", "on_train_end"
-        evaluation = SimpleNamespace(**dict.fromkeys(events, lambda *_: None))
+    run, asked, handlers = SimpleNamespace(cfg=cfg), [], ExitStack()
+
+    def ask_to_stop(number, frame):
+        """Let the step end and be saved. The next signal gets its old handler, as do all at the end."""
+        asked.append(number)
+        handlers.close()
+
+    # it evaluates while training, keeps completions and draws
+    evaluation = importlib.import_module("eval_cvbench") if importlib.util.find_spec("eval_cvbench") else None
+    run.tell = lambda event, *news: getattr(evaluation, event)(run, *news) if evaluation else None
+    if not evaluation:
         print("eval_cvbench.py is not here: no evaluation, completions.jsonl, curves.png or rollouts.html")
-    run, done = setup(cfg, evaluation)
-    evaluation.on_train_begin(run, done)
-    with stop_signals() as asked:
+    done = setup(run, cfg)
+    run.tell("on_train_begin", done)
+    with handlers:
+        for number in signal.SIGINT, signal.SIGTERM, signal.SIGUSR1:
+            handlers.callback(signal.signal, number, signal.signal(number, ask_to_stop))
         for step in tqdm(range(done, cfg.max_steps), "training", initial=done, total=cfg.max_steps,
                          disable=not run.accelerator.is_main_process):
             came = train_step(run, cfg, step)
             log_step(run, step + 1, came)
-            evaluation.on_step_end(run, step + 1, came)
+            run.tell("on_step_end", step + 1, came)
             last, stopping = step + 1 == cfg.max_steps, any(gather_object([bool(asked)]))
             if (step + 1) % cfg.save_steps == 0 or last or stopping:
                 save(run.output_dir / f"checkpoint-{step + 1}", run, with_state=True)
-                evaluation.on_save(run)
+                run.tell("on_save")
             if stopping and not last:
                 run.accelerator.print(f"stopped and saved after step {step + 1}; to resume, rerun with "
                                       f"--resume --output_dir {shlex.quote(str(run.output_dir))}")
                 break
         else:
             save(run.output_dir / "final", run)
-            evaluation.on_train_end(run)
+            run.tell("on_train_end")
     run.accelerator.end_training()
 
 
