@@ -38,10 +38,10 @@ of them: data, models (`build_models`), optimizer. policy(encode, x) is encode(m
     python grpo_vision.py --preset sat                                # Qwen2-VL-2B on SAT, on one GPU
     accelerate launch --num_processes 8 grpo_vision.py --preset sat   # the same, sharded over eight GPUs
 """
-import hashlib, importlib.util, io, json, math, os, random, re, shlex, shutil, signal, sys, time, warnings
+import datetime, hashlib, importlib.util, io, json, math, os, random, re
+import shlex, shutil, signal, sys, time, warnings
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
-from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
@@ -56,10 +56,8 @@ from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlu
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from filelock import FileLock
 from PIL import Image, ImageOps
-from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_optimizer_state_dict
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer, HfArgumentParser
@@ -99,8 +97,7 @@ TASK = ("A conversation between User and Assistant. The user asks a question abo
         "Assistant solves it.")
 TEMPLATES = {
     "base": TASK + " The assistant first thinks about the reasoning process in the mind and then provides "
-            "the user with the answer.\nUser: {question} \nAssistant: Let me solve this step by "
-            "step.\n<think>",
+        "the user with the answer.\nUser: {question} \nAssistant: Let me solve this step by step.\n<think>",
     "base-direct": TASK + "\nUser: {question} \nAssistant: ",
     "instruct": "{question}  Output the thinking process in <think> </think> and final answer (option) in "
                 "<answer> </answer> tags.",
@@ -120,21 +117,17 @@ def build_question(question, options):
     return f"Answer in natural language. {question} Choose between the following options: {choices}"
 
 
-def render(question, num_images, template, tokenizer):
-    """Fill TEMPLATES[template] with a question -> the prompt's text. Images come first, numbered if there are
+def render(row, template, tokenizer):
+    """A data row in TEMPLATES[template] -> the prompt's text. Images come first, numbered if there are
     several. An instruct prompt is a user turn of the chat template plus an opened assistant turn."""
-    images = [f"Picture {i + 1}: " * (num_images > 1) + IMAGE_TOKENS for i in range(num_images)]
+    n = len(row["images"] or [])
+    images = [f"Picture {i + 1}: " * (n > 1) + IMAGE_TOKENS for i in range(n)]
+    question = build_question(row["question"], row["options"])
     text = "".join(images) + TEMPLATES[template].format(question=question)
     if template.startswith("base"):
         return text
     turn = [{"role": "user", "content": text}]
     return tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-
-
-def row_text(row, template, tokenizer):
-    """A data row -> its prompt's text."""
-    question = build_question(row["question"], row["options"])
-    return render(question, len(row["images"] or []), template, tokenizer)
 
 
 def draw_batch(run, cfg, step):
@@ -144,7 +137,7 @@ def draw_batch(run, cfg, step):
     pixels; first, the index of its first prompt."""
     B, rank = cfg.prompts_per_step // run.accelerator.num_processes, run.accelerator.process_index
     rows = draw_rows(run.rows, cfg.seed, step * cfg.prompts_per_step + rank * B, B)
-    texts = [row_text(row, run.template, run.tokenizer) for row in rows]
+    texts = [render(row, run.template, run.tokenizer) for row in rows]
     images = [[open_image(image, cfg.data) for image in row["images"] or []] for row in rows]
     n = max(1, cfg.encode_tokens // cfg.max_prompt_length)  # no prompt is longer, so a pass has a bound
     passes = [build_prompts(texts[i:i + n], images[i:i + n], run.tokenizer, run.image_processor, run.sampler,
@@ -177,20 +170,12 @@ def token_logps(model, hidden, temperature):
     return logits.masked_fill_(model.suppressed, torch.finfo(logits.dtype).min).log_softmax(-1)
 
 
-@dataclass
-class Rollout:
-    """G completions of each prompt: completion i has prompt i // G."""
-    completion_ids: torch.Tensor   # (N, C) padded on the right
-    completion_mask: torch.Tensor  # (N, C) bool, True through the end token, which was sampled too
-    sampling_logps: torch.Tensor   # (N, C) log-probability of each token when it was sampled
-    finished: torch.Tensor         # (N,) bool, False if cut off at the limit
-    texts: list = None             # N str, what the completions say
-    lengths = property(lambda self: self.completion_mask.sum(1))  # (N,) tokens
-
-
 @torch.no_grad()
 def sample(model, passes, num_generations, limit, temperature, generator=None):
-    """Sample G completions of at most `limit` tokens for each prompt -> Rollout. temperature 0: greedy."""
+    """Sample G completions of at most `limit` tokens for each prompt -> a rollout. Completion i has prompt
+    i // G. completion_ids: (N, C), padded on the right; completion_mask: (N, C) bool, True through the end
+    token, which is sampled too; sampling_logps: (N, C), each token's log-probability when it was sampled;
+    lengths: (N,) tokens; finished: (N,) bool, False if cut off at the limit. temperature 0: greedy."""
     decoder = Decoder(model, passes, num_generations, limit)
     ends = torch.tensor(model.eos_ids, device=model.device)
     N, dtype = len(decoder.indices), torch.promote_types(model.dtype, torch.float32)
@@ -215,14 +200,16 @@ def sample(model, passes, num_generations, limit, temperature, generator=None):
     # mask what the decoder still generates after an end token
     is_end = torch.isin(completion_ids, ends).int()                                               # (N, limit)
     completion_mask = is_end.cumsum(1) - is_end == 0                                              # (N, limit)
-    C = int(completion_mask.sum(1).max())
+    lengths = completion_mask.sum(1)                                                              # (N,)
+    C = int(lengths.max())
     completion_ids.masked_fill_(~completion_mask, model.eos_ids[0])
     sampling_logps.masked_fill_(~completion_mask, 0.0)
-    return Rollout(completion_ids[:, :C], completion_mask[:, :C], sampling_logps[:, :C], is_end.any(1))
+    return SimpleNamespace(completion_ids=completion_ids[:, :C], completion_mask=completion_mask[:, :C],
+                           sampling_logps=sampling_logps[:, :C], lengths=lengths, finished=is_end.any(1))
 
 
 def draw_completions(run, cfg, step, batch):
-    """G completions per prompt from the policy -> Rollout, with what they say."""
+    """G completions per prompt from the policy -> a rollout (see `sample`), with texts, what they say."""
     # seeded by seed, step and process alone, so a resumed run replays nothing
     seed = random.Random(f"{cfg.seed}/sample/{step}/{run.accelerator.process_index}").getrandbits(63)
     generator = torch.Generator(run.sampler.device).manual_seed(seed)
@@ -298,10 +285,9 @@ def compute_rewards(cfg, rollout, rows, template):
         told = dict(template=template, max_completion_length=cfg.max_completion_length)
         values = [REWARDS[name](**rows[i // G] | told | dict(completion=text, num_tokens=length))
                   for i, (text, length) in enumerate(zip(rollout.texts, rollout.lengths.tolist()))]
-        numbers = [value if isinstance(value, (int, float)) else math.nan for value in values]
-        rewards[name] = torch.tensor(numbers, dtype=torch.float32, device=rollout.lengths.device)  # (N,)
-        bad = [value for value, number in zip(values, rewards[name].tolist()) if not math.isfinite(number)]
+        bad = [x for x in values if not (isinstance(x, (int, float)) and abs(x) < 1e38)]  # nan is not < 1e38
         require(not bad, f"the reward {name} must be a finite number for each completion, and was {bad[:1]}")
+        rewards[name] = torch.tensor(values, dtype=torch.float32, device=rollout.lengths.device)  # (N,)
     return rewards
 
 
@@ -327,15 +313,6 @@ def group_advantages(rewards, num_generations, scale_rewards=True):
 
 # ---- Step 5: the log-probability of each completion token ------------------------------------------------
 
-def chosen_logps(model, hidden, tokens, temperature):
-    """(T, H) hidden states and the (T,) tokens that followed them -> their log-probabilities and, without
-    gradient, the entropy of their distributions, each (T,)."""
-    logps = token_logps(model, hidden, temperature)                                               # (T, V)
-    with torch.no_grad():
-        entropy = -logps.exp().mul_(logps).sum(-1)                                                # (T,)
-    return logps.gather(-1, tokens[:, None])[:, 0], entropy
-
-
 def score(model, prompts, prompt_kv, group, completion_ids, completion_mask, cfg):
     """Log-probabilities and entropy of the tokens of K completions, each (K, C), 0 where masked.
     prompt_kv: from `encode`. group: (K,), the index of each completion's prompt among the pass's n. A
@@ -355,10 +332,16 @@ def score(model, prompts, prompt_kv, group, completion_ids, completion_mask, cfg
     model.set_attn_implementation(cfg.attn_implementation)
     hidden = model.model(input_ids=inputs, position_ids=positions.expand(3, K, C), attention_mask=visible,
                          past_key_values=Cache(layers=layers)).last_hidden_state                  # (K, C, H)
-    # in pieces: with gradient_checkpointing, only 2048 tokens' log-probabilities exist at a time
+
+    def chosen(hidden, tokens):  # (T, H), (T,)
+        logps = token_logps(model, hidden, cfg.temperature)                                       # (T, V)
+        with torch.no_grad():
+            entropy = -logps.exp().mul_(logps).sum(-1)                                            # (T,)
+        return logps.gather(-1, tokens[:, None])[:, 0], entropy
+
+    # in pieces, computed again in the backward: only 2048 tokens' log-probabilities exist at a time
     pieces = zip(hidden[completion_mask].split(2048), completion_ids[completion_mask].split(2048))
-    call = partial(checkpoint, use_reentrant=False) if cfg.gradient_checkpointing else lambda f, *x: f(*x)
-    found = [call(chosen_logps, model, *piece, cfg.temperature) for piece in pieces]
+    found = [checkpoint(chosen, *piece, use_reentrant=False) for piece in pieces]
     logps, entropy = (torch.cat(parts) for parts in zip(*found))                                  # (T,)
     blank = torch.zeros(K, C, dtype=logps.dtype, device=device)
     return blank.masked_scatter(completion_mask, logps), blank.masked_scatter(completion_mask, entropy)
@@ -458,15 +441,14 @@ def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
     """Update the weights num_iterations times -> the policy's log-probabilities before that (N, C), and sums
     and the gradient norm, to log. A norm that is not finite skips its update and ends the loop."""
     gather, count = run.accelerator.gather, run.accelerator.num_processes
-    weights = weigh_tokens(gather(rollout.lengths), gather(rollout.finished), cfg).chunk(count)
+    everyones = weigh_tokens(gather(rollout.lengths), gather(rollout.finished), cfg).chunk(count)
     # * count: because the gradients of the processes are averaged
-    token_weights = count * weights[run.accelerator.process_index].float()                        # (N,)
+    weights = count * everyones[run.accelerator.process_index].float()                            # (N,)
     decay = 1 - step / cfg.max_steps if cfg.lr_scheduler_type == "linear" else 1
     run.optimizer.param_groups[0]["lr"] = cfg.learning_rate * decay
     old_logps = None  # in the first update pi_old is pi itself
     for _ in range(cfg.num_iterations):
-        logps, sums = update(run.policy, passes, rollout, advantages, token_weights, ref_logps, old_logps,
-                             cfg)                                                                 # (N, C)
+        logps, sums = update(run.policy, passes, rollout, advantages, weights, ref_logps, old_logps, cfg)
         old_logps = logps if old_logps is None else old_logps                                     # (N, C)
         sums["grad_norm"] = step_optimizer(run, cfg)
         if not math.isfinite(sums["grad_norm"]):
@@ -543,7 +525,7 @@ class Decoder:
         longest = max(prompt_kv[0].shape[2] for prompt_kv in encoded)                             # P - 1
         room += 8 - (longest + room) % 8  # a GPU copies a mask at each use unless 8 divides its row length
         repeat = lambda parts: torch.cat(parts).repeat_interleave(num_generations, 0)
-        pad = lambda x: nn.functional.pad(x, (0, 0, 0, longest - x.shape[2]))
+        pad = lambda x: torch.nn.functional.pad(x, (0, 0, 0, longest - x.shape[2]))
         kv = [repeat([pad(x) for x in parts]) for parts in zip(*encoded)]     # (N, kv_heads, P - 1, head_dim)
         self.layers = [StaticLayer(longest + room) for _ in kv[::2]]
         for layer, keys, values in zip(self.layers, kv[::2], kv[1::2]):
@@ -596,16 +578,14 @@ class Decoder:
         return left > 0
 
 
-# ---- Models ----------------------------------------------------------------------------------------------
+# ---- Models, and the float32 weights that the optimizer moves, sharded over several processes ------------
 
-# The base prompt as a chat template, which checkpoints carry: a server then asks as the policy was trained.
-# It names no roles, or the model would pass for an instruct model.
+# The base prompt as a chat template, for servers. It names no roles, or it would make an instruct model.
 SERVED_PROMPT = (
-    "{%- for turn in messages -%}{%- for part in turn.content if part.type == 'image' -%}"
+    "{%- set said = messages[-1].content -%}{%- for part in said if part.type == 'image' -%}"
     "{% if loop.length > 1 %}Picture {{ loop.index }}: {% endif %}" + IMAGE_TOKENS + "{%- endfor -%}"
-    + TEMPLATES["base"].replace("{question}", "{{ turn.content if turn.content is string }}{% for part in "
-                                "turn.content if part.type == 'text' %}{{ part.text }}{% endfor %}{{ '' }}")
-    + "{%- endfor -%}")
+    + TEMPLATES["base"].replace("{question}", "{{ said if said is string else said | selectattr('text', "
+                                "'defined') | map(attribute='text') | join }}"))
 
 
 def load_processors(path, max_pixels=None):
@@ -627,15 +607,14 @@ def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32)
         require(config.model_type in families, f"{path} is a {config.model_type} model, none of {families}")
         require(not hasattr(config, "quantization_config"), f"{path} is quantised. Take the bf16 model.")
         require(not Path(path, "adapter_config.json").exists(), f"{path} has an adapter. Merge it first.")
-        sliding = getattr(config.text_config, "use_sliding_window", False)
-        require(not sliding, f"{path} attends in a sliding window, which the decoder does not know")
+        whole = not getattr(config.text_config, "use_sliding_window", False)
+        require(whole, f"{path} attends in a sliding window, which the decoder does not know")
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True)
     faults = [*sorted(report["missing_keys"]), *sorted(report["unexpected_keys"])]
     faults += ["<|image_pad|>"] * (tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id)
     require(not faults, f"{path}: config.json, weights and tokenizer do not fit: {faults[:1]}")
-    # what the files hold, whatever config.json says
-    tied = model.lm_head.weight is model.get_input_embeddings().weight
+    tied = model.lm_head.weight is model.get_input_embeddings().weight  # config.json may say otherwise
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = tied
     ends = [tokenizer.eos_token, *(x for x in ("<|endoftext|>", "<|im_end|>") if x in tokenizer.get_vocab())]
     model.eos_ids = tokenizer.convert_tokens_to_ids(list(dict.fromkeys(ends)))
@@ -643,17 +622,18 @@ def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32)
     suppressed = torch.arange(model.lm_head.out_features) >= len(tokenizer)                       # (V,)
     suppressed[list(special - set(model.eos_ids))] = True
     model.register_buffer("suppressed", suppressed, persistent=False)
+    # cuDNN's attention sets up again for each shape, and its masked gradients can be nan (pytorch 196678)
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if model.num_parameters() < 1e7:
         torch.set_num_threads(1)  # more would only wait; and any launcher gives the toy the same bits
     return fast_vision(model).eval()
 
 
 def fast_vision(model):
-    """Embed patches by a matrix product: the convolution's kernel and stride are the patch, and Conv3d's
-    backward is slow. Returns the model."""
+    """Embed patches, where stride is kernel, by a matrix product: Conv3d's backward is slow. -> the model"""
     def embed_patches(self, pixels):
         weight = self.proj.weight.flatten(1)                                       # (dim, numbers of a patch)
-        return nn.functional.linear(pixels.to(weight.dtype), weight, self.proj.bias)          # (patches, dim)
+        return torch.nn.functional.linear(pixels.to(weight.dtype), weight, self.proj.bias)   # (patches, dim)
 
     embed = model.model.visual.patch_embed
     embed.forward = MethodType(embed_patches, embed)  # a method: a deepcopy of the model uses its own weights
@@ -668,7 +648,7 @@ def choose_prompt(tokenizer, prompt="auto"):
     return {"auto": kind, "direct": f"{kind}-direct"}.get(prompt, prompt)
 
 
-class Policy(nn.Module):
+class Policy(torch.nn.Module):
     """Calls the model only through `forward`, where FSDP's hooks run."""
     def __init__(self, model):
         super().__init__()
@@ -699,7 +679,6 @@ def build_models(run, cfg, start):
     policy     what is scored and trained. One process: the sampler, so that what samples is what is trained;
                master never runs. Several: master, sharded, whose layers compute in `compute_dtype`.
     reference  the model before training in `compute_dtype`; None if beta is 0
-
     With one process in float32 the first three are one model."""
     device, sharded = run.accelerator.device, run.accelerator.num_processes > 1
     dtype = compute_dtype(device)
@@ -719,39 +698,29 @@ def build_models(run, cfg, start):
         checkpoint_layers(run.policy.model)
 
 
-# ---- The float32 weights: on one GPU beside the model, with several processes sharded by FSDP2 -----------
-
-# cuDNN's attention sets up again for each shape, and its masked gradients can be nan (pytorch 196678)
-torch.backends.cuda.enable_cudnn_sdp(False)
-
-
 def check_launch():
     """Stop where a launcher's variables would make each process train alone, or in another program's way."""
-    env, usual = os.environ, ("ACCELERATE_USE_CPU", "ACCELERATE_USE_FSDP")
-    signs = "MASTER_ADDR RANK LOCAL_RANK PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split()
-    other = [name for name in env if name.startswith("ACCELERATE_USE_") and name not in usual]
-    other = [name for name in other if env[name].lower() not in ("", "0", "false")]
+    switched_on = [name for name, value in os.environ.items() if value.lower() not in ("", "0", "false")]
+    other = [name for name in switched_on if re.match("ACCELERATE_USE_(?!CPU$|FSDP$)", name)]
     require(not other, f"{other} is set. This program uses FSDP2: unset it, or start with torchrun.")
-    alone = [name for name in signs if "WORLD_SIZE" not in env and env.get(name, "1") != "1"]
-    alone += ["WORLD_SIZE"] * (not env.get("WORLD_SIZE", "1").isdigit())
-    require(not alone, f"{alone} is set and WORLD_SIZE is {env.get('WORLD_SIZE')}: processes would train alone. "
+    signs = "MASTER_ADDR RANK LOCAL_RANK PMI_SIZE OMPI_COMM_WORLD_SIZE MV2_COMM_WORLD_SIZE".split()
+    alone = [name for name in signs if os.environ.get(name, "1") != "1"]
+    count = os.environ.get("WORLD_SIZE", "not set" if alone else "1")
+    require(count.isdigit(), f"WORLD_SIZE is {count}, with {alone} set: each process would train alone. "
             "Start with torchrun or accelerate launch --multi_gpu; for a single process, unset it.")
 
 
 def make_accelerator(cfg):
-    """-> Accelerator, with the process group that sharding needs."""
+    """-> Accelerator for GPUs or the CPU (not a Mac's "mps"), with the process group that sharding needs."""
     check_launch()
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
-        # gloo on GPUs too: offloaded gradients are clipped on the CPU
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
-    # cpu: not a Mac's "mps"
-    tracker = None if cfg.report_to == "none" else cfg.report_to
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", log_with=tracker, project_dir=RUNS)
-    require(not tracker or accelerator.log_with, f"--report_to {tracker}: pip install {tracker}")
-    B, count = cfg.prompts_per_step, accelerator.num_processes
-    require(B % count == 0, f"--prompts_per_step {B} cannot be shared by {count} processes")
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # gloo: offloaded gradients are clipped on the CPU
+        torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", log_with=cfg.report_to, project_dir=RUNS)
+    require(accelerator.log_with or not cfg.report_to, f"--report_to {cfg.report_to}: pip install it")
+    fits = cfg.prompts_per_step % accelerator.num_processes == 0
+    require(fits, f"--prompts_per_step: give a multiple of the {accelerator.num_processes} processes")
     return accelerator
 
 
@@ -771,9 +740,7 @@ def shard(run, cfg):
         """FSDP gathers a layer's weights for its backward when the gradient of its output arrives. Encoded
         prompts do not use the last layer's output, so 0 * output is added to what they do use."""
         for layer in output.past_key_values.layers:
-            if layer.group is None:
-                layer.values = layer.values + 0 * output.last_hidden_state[0, 0, 0]
-
+            layer.values = layer.values + 0 * output.last_hidden_state[0, 0, 0]
     run.master.model.model.language_model.register_forward_hook(lead_on)
     run.master, optimizer = run.accelerator.prepare(run.master, run.optimizer)
     run.policy, run.optimizer = run.master, optimizer.optimizer  # unwrapped, for torch.distributed.checkpoint
@@ -783,8 +750,7 @@ def sum_gradients(model, master, cpu_offload):
     """Sum the gradients of several backwards in float32: when one leaves a gradient on a weight of `model`,
     add it to the gradient of master's weight, and free it. To the CPU it goes through one pinned buffer."""
     weights = list(model.parameters())
-    largest = max(weight.numel() for weight in weights)
-    buffer = torch.empty(largest * cpu_offload, pin_memory=torch.cuda.is_available())
+    buffer = torch.empty(cpu_offload * max(map(torch.numel, weights)), pin_memory=torch.cuda.is_available())
 
     def add(own, weight):
         gradient, weight.grad = weight.grad.to(own.dtype), None
@@ -799,10 +765,9 @@ def sum_gradients(model, master, cpu_offload):
 
 
 def step_optimizer(run, cfg):
-    """Clip the gradient, move the float32 weights, copy them into the sampler -> the norm before clipping. If
-    it is not finite, the weights stay as they are."""
-    norm = nn.utils.clip_grad_norm_(run.master.parameters(), cfg.max_grad_norm or math.inf)
-    norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    """Clip the gradient, move the float32 weights if it is finite, refresh the sampler -> its norm before."""
+    norm = torch.nn.utils.clip_grad_norm_(run.master.parameters(), cfg.max_grad_norm or math.inf)
+    norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # sharded
     if math.isfinite(norm):
         run.optimizer.step()
     # the sums of `sum_gradients` keep their memory: touching new CPU memory takes longer than adding
@@ -815,10 +780,9 @@ def step_optimizer(run, cfg):
 def refresh(sampler, master):
     """Copy the float32 weights, sharded or not, into the sampler, which may round them to bf16."""
     for copy, weight in zip(sampler.parameters(), master.parameters(), strict=True):
-        if isinstance(weight, DTensor):
+        if hasattr(weight, "full_tensor"):  # sharded
             weight = weight.to(copy.device).full_tensor()
-        if copy is not weight:
-            copy.copy_(weight)
+        copy.copy_(weight)  # nothing happens where both are one
 
 
 # ---- Training data ---------------------------------------------------------------------------------------
@@ -827,11 +791,9 @@ MARK = b"grpo_vision"  # in the metadata of a Parquet file that prepare_sat.py h
 
 
 def open_image(image, where):
-    """{"bytes", "path"} -> RGB PIL image as a viewer shows it: turned as its EXIF tag says, white where it is
-    transparent. where: what to name if it cannot be read."""
+    """{"bytes", "path"} -> RGB PIL image, upright, white where transparent. where: named if unreadable"""
     with explained(f"{where}: an image cannot be read"):
         picture = Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"])
-        # PIL would make them white or black
         require(not picture.mode.startswith(("I", "F")), f"{where}: greys deeper than 8 bits cannot be read")
         picture = ImageOps.exif_transpose(picture)
         if picture.has_transparency_data:
@@ -849,10 +811,9 @@ def read_rows(run, path):
     require(MARK in (table.schema.metadata or {}), f"{path} is not from: prepare_sat.py --from {path}")
     for index, row in enumerate(tqdm(table.to_pylist(), "measuring prompts", leave=False)):
         sizes = [Image.open(io.BytesIO(image["bytes"])).size for image in row["images"] or []]
-        alone = run.accelerator.num_processes == 1
-        require(sizes or alone, f"{path}, row {index} has no image. Only one process can train on it.")
+        require(sizes or run.accelerator.num_processes == 1, f"{path}, row {index}: no image. Use 1 process")
         patches = sum(run.image_processor.get_number_of_image_patches(*size[::-1]) for size in sizes)
-        tokens = len(run.tokenizer(row_text(row, run.template, run.tokenizer)).input_ids) - len(sizes)
+        tokens = len(run.tokenizer(render(row, run.template, run.tokenizer)).input_ids) - len(sizes)
         if tokens + patches // run.image_processor.merge_size**2 <= limit:
             kept.append(row | {"row": index})
     require(kept, f"--max_prompt_length {limit}: every prompt of {path} is longer. Raise it.")
@@ -861,38 +822,37 @@ def read_rows(run, path):
 
 
 def draw_rows(rows, seed, first, count):
-    """-> places first .. first + count - 1 of an endless walk over the rows, shuffled anew in each epoch.
-    They depend on their places alone, so a resumed run needs no saved state."""
-    n, last = len(rows), first + count - 1
-    epochs = range(first // n, last // n + 1)
+    """-> `count` rows from place `first` of an endless walk, shuffled anew in each epoch. It has no state."""
+    n, places = len(rows), range(first, first + count)
+    epochs = {place // n for place in places}
     walks = {epoch: random.Random(f"{seed}/epoch/{epoch}").sample(range(n), n) for epoch in epochs}
-    return [rows[walks[i // n][i % n]] for i in range(first, last + 1)]
+    return [rows[walks[place // n][place % n]] for place in places]
 
 
 # ---- What a step measured, and the files of a run --------------------------------------------------------
 
 def log_step(run, step, came):
-    """Append what a step measured, over all processes, to metrics.jsonl, and print a line. A gradient that is
-    not finite ends the run. came.samples becomes the step's completions, as records."""
+    """Append what a step measured, over all processes, to metrics.jsonl, and print a line; make came.samples,
+    the step's completions as records. A gradient that is not finite ends the run."""
     rollout, G = came.rollout, came.cfg.num_generations
     parts = {f"rewards/{name}": values.tolist() for name, values in came.rewards.items()}
     columns = parts | dict(
-        reward=[*map(sum, zip(*parts.values()))], advantage=came.advantages.tolist(), completion=rollout.texts,
-        length=rollout.lengths.tolist(), finished=rollout.finished.tolist(),
+        reward=[*map(sum, zip(*parts.values()))], advantage=came.advantages.tolist(),
+        completion=rollout.texts, length=rollout.lengths.tolist(), finished=rollout.finished.tolist(),
         prompt=[text for text in came.batch.texts for _ in range(G)],
         row=[row["row"] for row in came.batch.rows for _ in range(G)])
     samples = gather_object([dict(zip(columns, values), step=step) for values in zip(*columns.values())])
     came.samples, sums = samples, gather_object([came.sums])
     average = lambda name: mean(sample[name] for sample in samples)
-    groups = [[sample["reward"] for sample in samples[i:i + G]] for i in range(0, len(samples), G)]
+    groups = [samples[i:i + G] for i in range(0, len(samples), G)]
     tokens = sum(sample["length"] for sample in samples)
-    metrics = {"step": step, "loss": mean(part.pop("loss") for part in sums),
-               "grad_norm": [part.pop("grad_norm") for part in sums][0],
+    metrics = {"step": step, **{x: mean(part.pop(x) for part in sums) for x in ("loss", "grad_norm")},
                "sampler_mismatch_max": max(part.pop("sampler_mismatch_max", 0) for part in sums),
                **{name: sum(part[name] for part in sums) / tokens for name in sums[0]},
                "reward": average("reward"), **{name: average(name) for name in parts},
-               "reward_std": mean(stdev(group) if G > 1 else 0.0 for group in groups),
-               "frac_reward_zero_std": mean(max(group) == min(group) for group in groups),
+               **{f"{name}/best": mean(max(s[name] for s in group) for group in groups) for name in parts},
+               "reward_std": mean(stdev(s["reward"] for s in group) if G > 1 else 0.0 for group in groups),
+               "frac_reward_zero_std": mean(len({s["reward"] for s in group}) == 1 for group in groups),
                "completions/mean_length": tokens / len(samples),
                "completions/clipped_ratio": 1 - average("finished"),
                "learning_rate": run.optimizer.param_groups[0]["lr"],
@@ -900,14 +860,12 @@ def log_step(run, step, came):
                   zip(("rollout", "reference", "update"), came.clock, came.clock[1:])}}
     if not math.isfinite(metrics["grad_norm"]):
         append_jsonl(run.output_dir / "bad_batch.jsonl", samples)
-        fail(f"step {step}: gradient norm {metrics['grad_norm']}. Lower --learning_rate, then --resume. The "
-             f"batch is in {run.output_dir}/bad_batch.jsonl")
+        fail(f"gradient not finite: see {run.output_dir}/bad_batch.jsonl, lower --learning_rate, --resume")
     run.accelerator.log(metrics, step=step)
     if run.accelerator.is_main_process:
         append_jsonl(run.output_dir / "metrics.jsonl", [metrics])
-        names = ["reward", *parts, "completions/mean_length", "kl"]
-        shown = [f"{name.split('/')[-1]} {metrics[name]:.2f}" for name in names]
-        tqdm.write("  ".join([f"step {step:4d}", *shown, f"{came.clock[-1] - came.clock[0]:.1f} s"]))
+        shown = "reward", *parts, "completions/mean_length", "kl"
+        tqdm.write(f"step {step:4d}  " + "  ".join(f"{x.split('/')[-1]} {metrics[x]:.2f}" for x in shown))
 
 
 def fail(message):
@@ -921,11 +879,13 @@ def require(condition, message):
 
 
 @contextmanager
-def explained(what):
-    """A file that cannot be read or written ends the program with one sentence, whatever a library raises."""
+def explained(what, unfinished=None):
+    """Whatever a library raises, end with one sentence, and remove the folder `unfinished`."""
     try:
         yield
     except (Exception, dcp.api.CheckpointException) as error:  # the latter is no Exception
+        if unfinished:
+            shutil.rmtree(unfinished, ignore_errors=True)
         fail(f"{what}: {(str(error).strip() or type(error).__name__).splitlines()[-1]}")
 
 
@@ -949,7 +909,7 @@ def checkpoints(output_dir):
 
 
 def training_state(run):
-    """What resuming needs: the float32 weights, AdamW's state, a digest of the data and the first model."""
+    """What resuming needs: the float32 weights, AdamW's state, a digest of the data."""
     weights, optimizer = get_state_dict(run.master, run.optimizer)
     if run.sampler.config.tie_word_embeddings:
         del weights["model.lm_head.weight"]  # the same as the embedding
@@ -974,7 +934,7 @@ def save(folder, run, with_state=False):
     """Write the model as a folder for `from_pretrained` and, in state/, what resuming needs. The folder gets
     its name when it is complete. After that older checkpoints lose their state/."""
     is_main, temporary = run.accelerator.is_main_process, folder.with_name(folder.name + ".tmp")
-    try:
+    with explained(f"cannot save {folder}. No space? Earlier ones are intact, --resume", temporary):
         if is_main:
             shutil.rmtree(temporary, ignore_errors=True)  # left by a run killed while saving
             for part in run.sampler, run.tokenizer, run.image_processor:
@@ -983,11 +943,6 @@ def save(folder, run, with_state=False):
         run.accelerator.wait_for_everyone()
         if with_state:
             dcp.save(training_state(run), checkpoint_id=temporary / "state")
-    except (Exception, dcp.api.CheckpointException) as error:  # a full disk raises many, and not all say so
-        free = shutil.disk_usage(run.output_dir).free / 1e9
-        shutil.rmtree(temporary, ignore_errors=True)
-        fail(f"cannot save {folder} ({str(error).strip().splitlines()[-1]}). No space? {free:.1f} GB were free. "
-             f"Earlier checkpoints are intact; --resume --output_dir {shlex.quote(str(run.output_dir))}")
     run.accelerator.wait_for_everyone()
     if is_main:
         shutil.rmtree(folder, ignore_errors=True)
@@ -1005,21 +960,19 @@ def check_disk(run, cfg, done):
     # state/ has 12 bytes a weight, float32 and AdamW's two moments. A new one is complete before the old goes
     a_weight = models * run.sampler.dtype.itemsize + (1 if done else 2) * 12
     needed, free = run.sampler.num_parameters() * a_weight / 1e9, shutil.disk_usage(run.output_dir).free / 1e9
-    require(needed <= free, f"the run will save {needed:.1f} GB, and {run.output_dir} has {free:.1f} GB left. "
+    require(needed <= free, f"the run will save {needed:.1f} GB, and {run.output_dir} has {free:.1f} GB. "
             "Free space, lower --save_total_limit, or choose another --output_dir.")
 
 
 def claim(cfg):
-    """-> the run's folder, and a lock on it held while this process lives. Without --resume the folder must
-    be unused, so two runs that start at once get separate ones."""
+    """-> the run's folder, and a lock on it, so that two runs which start at once get separate folders."""
     numbered = [RUNS / cfg.preset, *(RUNS / f"{cfg.preset}-{n}" for n in range(2, 1000))]
     for folder in [Path(cfg.output_dir)] if cfg.output_dir else numbered:
         with suppress(OSError):  # includes filelock's Timeout
             # a run killed before it began may have left a lock
             if cfg.resume or not folder.exists() or {path.name for path in folder.iterdir()} <= {".lock"}:
                 folder.mkdir(parents=True, exist_ok=True)
-                lock = FileLock(folder / ".lock", blocking=False, is_singleton=True)  # in a notebook, too
-                return folder, lock.acquire().lock
+                return folder, FileLock(folder / ".lock", blocking=False, is_singleton=True).acquire().lock
     fail(f"--output_dir {folder} is not empty, in use or not writable. Choose another, or --resume.")
 
 
@@ -1040,7 +993,6 @@ class Config:
     resume: bool = setting(False, "resume from output_dir's last checkpoint and settings")
     seed: int = setting(0, "seed of data order and sampling")
     freeze: Literal["none", "vision", "llm"] = setting("none", "vision or llm: the part left untrained")
-    # prompt and rollout
     prompt: Literal["auto", "direct", *TEMPLATES] = setting("auto", "direct: without reasoning")
     max_prompt_length: int = setting(1024, "tokens, images included; longer prompts are dropped, never cut")
     max_pixels: int | None = setting(401408, "larger images are shrunk: 512 tokens of 28 x 28 pixels")
@@ -1048,7 +1000,6 @@ class Config:
     num_generations: int = setting(8, "G, completions per prompt")
     max_completion_length: int = setting(700, "tokens at most per completion")
     temperature: float = setting(1.0, "sampling temperature; scoring divides the logits by it as well")
-    # rewards and loss
     rewards: str = setting("accuracy,format", "names from REWARDS, added up")
     beta: float = setting(0.04, "weight of the KL penalty; 0 loads no reference")
     epsilon: float = setting(0.2, "the ratio is clipped below 1 - epsilon")
@@ -1057,7 +1008,6 @@ class Config:
     loss_type: Literal["grpo", "dr_grpo", "dapo"] = setting("grpo", "how token losses are averaged")
     scale_rewards: bool = setting(True, "divide advantages by the group's std (false: Dr. GRPO)")
     mask_truncated_completions: bool = setting(False, "ignore completions cut at the limit (DAPO)")
-    # optimizer and memory
     max_steps: int = setting(1500, "training steps, one rollout each")
     learning_rate: float = setting(1e-6, "AdamW's rate at the start")
     lr_scheduler_type: Literal["linear", "constant"] = setting("linear", "linear: falls to 0 at max_steps")
@@ -1067,10 +1017,9 @@ class Config:
     gradient_checkpointing: bool = setting(True, "recompute layers instead of storing them")
     cpu_offload: bool = setting(False, "float32 weights, gradients and optimizer state in CPU memory")
     attn_implementation: str = setting("sdpa", "for scoring: sdpa, eager, or flash_attention_2 if installed")
-    # files
     save_steps: int = setting(100, "steps between checkpoints")
     save_total_limit: int | None = setting(None, "checkpoints kept, the newest; default: all")
-    report_to: Literal["none", "tensorboard", "wandb"] = setting("none", "where else metrics go")
+    report_to: Literal["tensorboard", "wandb"] | None = setting(None, "where else metrics go")
     eval_steps: int = setting(100, "steps between evaluations while training; 0: none")
     eval_data: str = setting("nyu-visionx/CV-Bench", "comma-separated sets, as for eval_cvbench.py")
     eval_limit: int = setting(128, "questions of each set, the same ones every time")
@@ -1095,8 +1044,6 @@ def parse_config(argv=None, config_class=Config):
         with explained(f"--resume: {folder} has no readable config.json of a run. Give a run's folder"):
             saved = json.loads((folder / "config.json").read_text())
             given.preset = saved["preset"]
-    elif given.resume:
-        print(f"--resume: nothing in {folder} yet; starting from the beginning.")
     defaults = PRESETS.get(given.preset, {}) | saved
     unknown = sorted(defaults.keys() - vars(given)) + [given.preset] * (given.preset not in PRESETS)
     require(not unknown, f"--preset {given.preset}: {unknown} is not in this script. Try recipes.py.")
@@ -1107,7 +1054,6 @@ def parse_config(argv=None, config_class=Config):
     cfg.data = full(cfg.data) + "/train.parquet" * os.path.isdir(full(cfg.data))
     if os.path.exists(full(cfg.model_name_or_path)):  # else a hub id
         cfg.model_name_or_path = full(cfg.model_name_or_path)
-    cfg.rewards = cfg.rewards.replace(" ", "")
     least = dict(num_generations=2, eval_steps=0, seed=-math.inf, temperature=0.01)
     for name, value in vars(cfg).items():
         minimum = least.get(name, 1 if isinstance(value, int) else 0)
@@ -1115,8 +1061,7 @@ def parse_config(argv=None, config_class=Config):
         require(fits, f"--{name} {value}: must be finite and >= {minimum}")
     for name in cfg.rewards.split(","):
         require(name in REWARDS, f"--rewards {name}: choose from {', '.join(REWARDS)}. recipes.py has more.")
-        fits = name != "format" or not cfg.prompt.endswith("direct")
-        require(fits, f"--rewards {name}: --prompt {cfg.prompt} has no format. Use --rewards accuracy.")
+        require(name != "format" or "direct" not in cfg.prompt, "--rewards format: --prompt direct has none")
     for name in saved.keys() - {"resume"}:
         if getattr(cfg, name) != saved[name]:
             print(f"--resume: {name} was {saved[name]} and is {getattr(cfg, name)} from here on")
@@ -1139,12 +1084,10 @@ def setup(run, cfg):
     if run.template == "base":
         run.tokenizer.chat_template = SERVED_PROMPT
     run.rows = read_rows(run, cfg.data)
-    files = [Path(cfg.data), *sorted(Path(cfg.model_name_or_path).glob("*.safetensors"))]
-    run.begun = " ".join(hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files)
+    run.begun = hashlib.file_digest(open(cfg.data, "rb"), "sha256").hexdigest()
     run.tell("on_init_end")
     build_models(run, cfg, start)
-    trained = [weight for weight in run.master.parameters() if weight.requires_grad]
-    run.optimizer = torch.optim.AdamW(trained, lr=cfg.learning_rate, weight_decay=0.0, fused=True)
+    run.optimizer = torch.optim.AdamW(run.master.parameters(), cfg.learning_rate, weight_decay=0, fused=True)
     if count > 1:
         shard(run, cfg)
     if last:
@@ -1152,8 +1095,7 @@ def setup(run, cfg):
             state = training_state(run)  # its weights are master's own, so loading fills them
             dcp.load(state, checkpoint_id=start / "state")  # however many processes saved it
             set_optimizer_state_dict(run.master, run.optimizer, state["optimizer"])
-        same = state["begun"] == run.begun
-        require(same, f"--resume: {cfg.output_dir} began with other data or another model. Give those.")
+        require(state["begun"] == run.begun, f"{cfg.output_dir} did not begin with {cfg.data} as it is now")
         refresh(run.sampler, run.master)
     if is_main:
         run.output_dir, run.lock = claim(cfg)
@@ -1166,8 +1108,7 @@ def setup(run, cfg):
     run.output_dir, = broadcast_object_list([run.output_dir if is_main else None])
     run.accelerator.project_configuration.logging_dir = run.output_dir
     run.accelerator.init_trackers("grpo_vision")
-    size = f"{run.sampler.num_parameters() / 1e6:.1f}M parameters in {run.sampler.dtype}"
-    run.accelerator.print(f"{run.output_dir}: {size}, {count} x {run.sampler.device.type}, prompt {run.template}")
+    run.accelerator.print(f"{run.output_dir}: from {start}, prompt {run.template}, processes: {count}")
     return done
 
 
@@ -1183,7 +1124,6 @@ def train(cfg, train_step=train_step):
         asked.append(number)
         handlers.close()
 
-    # it evaluates while training, keeps completions and draws
     evaluation = importlib.import_module("eval_cvbench") if importlib.util.find_spec("eval_cvbench") else None
     run.tell = lambda event, *news: getattr(evaluation, event)(run, *news) if evaluation else None
     if not evaluation:
@@ -1201,7 +1141,6 @@ def train(cfg, train_step=train_step):
             last, stopping = step + 1 == cfg.max_steps, any(gather_object([bool(asked)]))
             if (step + 1) % cfg.save_steps == 0 or last or stopping:
                 save(run.output_dir / f"checkpoint-{step + 1}", run, with_state=True)
-                run.tell("on_save")
             if stopping and not last:
                 run.accelerator.print(f"stopped and saved after step {step + 1}; to resume, rerun with "
                                       f"--resume --output_dir {shlex.quote(str(run.output_dir))}")
