@@ -139,7 +139,8 @@ def prompt_text(question, mode, tokenizer):
     template, ending = MODES[mode]
     if ending and question["source"] == "held-out":  # of the training kind, so in the words of training
         template, ending = "instruct", ""
-    return gv.render(question["text"] + ending, len(question["images"]), template, tokenizer)
+    row = dict(question=question["text"] + ending, options=None, images=question["images"])
+    return gv.render(row, template, tokenizer)
 
 
 def prompt_size(question):
@@ -646,16 +647,19 @@ def shown_groups(run, step, came, after, most=2):
                "completions": completions}
 
 
-def on_save(run):
-    """Bring image and page up to date. What cannot be drawn must not stop the training."""
-    if run.accelerator.is_main_process:
+def on_save(run, folder):
+    """Bring image and page up to date; after final/ say what came of the run. What cannot be drawn must not stop
+    the training."""
+    if folder.name == "final":
+        print_end(run)
+    elif run.accelerator.is_main_process:
         try:
             draw(run.output_dir)
         except (Exception, SystemExit) as error:
             print(f"warning: curves.png or rollouts.html could not be made: {error!r}", file=sys.stderr)
 
 
-def on_train_end(run):
+def print_end(run):
     """Print what came of the run, where it lies, and what to do next."""
     if not run.accelerator.is_main_process:
         return

@@ -715,10 +715,10 @@ def make_accelerator(cfg):
     check_launch()
     on_gpu = torch.cuda.is_available() and not parse_flag_from_env("ACCELERATE_USE_CPU")
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not torch.distributed.is_initialized():
-        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # gloo: offloaded gradients are clipped on the CPU
+        backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"  # gloo: the CPU clips offloaded gradients
         torch.distributed.init_process_group(backend, timeout=datetime.timedelta(hours=2))
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision="no", log_with=cfg.report_to, project_dir=RUNS)
-    require(accelerator.log_with or not cfg.report_to, f"--report_to {cfg.report_to}: pip install it")
+    require(accelerator.log_with or not cfg.report_to, f"--report_to: pip install {cfg.report_to}")
     fits = cfg.prompts_per_step % accelerator.num_processes == 0
     require(fits, f"--prompts_per_step: give a multiple of the {accelerator.num_processes} processes")
     return accelerator
@@ -951,6 +951,7 @@ def save(folder, run, with_state=False):
             shutil.rmtree(old / "state", ignore_errors=True)
         for old in checkpoints(run.output_dir)[:-(run.cfg.save_total_limit or 10**9)]:
             shutil.rmtree(old)
+    run.tell("on_save", folder)
 
 
 def check_disk(run, cfg, done):
@@ -1147,7 +1148,6 @@ def train(cfg, train_step=train_step):
                 break
         else:
             save(run.output_dir / "final", run)
-            run.tell("on_train_end")
     run.accelerator.end_training()
 
 

@@ -34,7 +34,7 @@ class Config(gv.Config):
 
 
 def given_completions(run, cfg, batch):
-    """The data's completions, or else its answers, in place of samples -> Rollout."""
+    """The data's completions, or else its answers, in place of samples -> a rollout, as `gv.sample` makes it."""
     texts, eos = [row.get("completion") or row["answer"] for row in batch.rows], run.tokenizer.eos_token
     for i, prompt in enumerate(batch.texts):
         if prefill := re.search(r"<think>(\s*)$", prompt):
@@ -44,7 +44,8 @@ def given_completions(run, cfg, batch):
     ids, mask = given.input_ids, given.attention_mask.bool()                                      # (B, C)
     finished = ids.gather(1, mask.sum(1, keepdim=True) - 1)[:, 0] == run.tokenizer.eos_token_id   # (B,)
     texts = [gv.completion_text(text, own[kept], run.tokenizer) for text, own, kept in zip(batch.texts, ids, mask)]
-    return gv.Rollout(ids, mask, torch.zeros(ids.shape, device=ids.device), finished, texts)
+    return SimpleNamespace(completion_ids=ids, completion_mask=mask, lengths=mask.sum(1), finished=finished,
+                           sampling_logps=torch.zeros(ids.shape, device=ids.device), texts=texts)
 
 
 def sft_step(run, cfg, step):

@@ -355,8 +355,8 @@ def test_a_row_becomes_the_papers_question_with_its_images_first(images, start, 
     row = dict(question="Where {is} it?", options=options, images=[None] * images)
     question = ("Answer in natural language. Where {is} it? Choose between the following options: "
                 "no, it would stay the same, 2 or 3")
-    assert g.row_text(row, "base", None) == start + g.TEMPLATES["base"].replace("{question}", question)
-    assert g.row_text(row, "instruct", worlds["qwen3_vl"].tokenizer) == (
+    assert g.render(row, "base", None) == start + g.TEMPLATES["base"].replace("{question}", question)
+    assert g.render(row, "instruct", worlds["qwen3_vl"].tokenizer) == (
         f"<|im_start|>user\n{start}{question}  Output the thinking process in <think> </think> and final "
         "answer (option) in <answer> </answer> tags.<|im_end|>\n<|im_start|>assistant\n")
 
@@ -759,7 +759,8 @@ def test_each_process_and_step_draws_for_itself(world):
 def test_chunks_hold_every_row_once_within_the_budget(world):
     for number in range(50):
         lengths = torch.randint(1, 31, (12,), generator=seed(number))
-        rollout = g.Rollout(torch.zeros(12, 30), torch.arange(30) < lengths[:, None], None, None)
+        rollout = SimpleNamespace(completion_ids=torch.zeros(12, 30), lengths=lengths,
+                                  completion_mask=torch.arange(30) < lengths[:, None])
         cfg, seen = g.Config(num_generations=3, score_tokens=2 * number + 1), []
         for prompts in world.two_passes:
             for rows, group, ids, mask in g.chunks(prompts, rollout, cfg):
@@ -929,7 +930,7 @@ def bf16_models(world, cpu_offload=False):
 
 
 def in_float32(rollout):
-    return g.Rollout(rollout.completion_ids, rollout.completion_mask, rollout.sampling_logps.float(), rollout.finished)
+    return SimpleNamespace(**vars(rollout) | dict(sampling_logps=rollout.sampling_logps.float()))
 
 
 @pytest.mark.parametrize("cpu_offload", [False, True])
@@ -1439,7 +1440,7 @@ def test_prompts_are_measured_with_their_images_and_no_padding(worlds, tmp_path)
         lengths = []
         for row in fitting(tmp_path / "train.parquet", world):
             opened = [g.open_image(image, "") for image in row["images"]]
-            built = g.build_prompts([g.row_text(row, "base", None)], [opened], world.tokenizer,
+            built = g.build_prompts([g.render(row, "base", None)], [opened], world.tokenizer,
                                     world.image_processor, world.model)
             lengths.append(int(built.lengths[0]))
         assert len(set(lengths)) == 3
@@ -1495,7 +1496,7 @@ def test_a_run_leaves_its_files_and_logs_every_metric_and_completion(trained, sa
     rows = pq.read_table(sat / "train.parquet").to_pylist()
     for s in samples:
         row, parts = rows[s["row"]], [s[f"rewards/{name}"] for name in ("accuracy", "format", "letters")]
-        assert s["prompt"] == g.row_text(row, "base", None) and s["completion"].startswith("<think>")
+        assert s["prompt"] == g.render(row, "base", None) and s["completion"].startswith("<think>")
         assert (s["reward"], parts[2]) == pytest.approx((sum(parts), letters(**row | s)))
 
 
@@ -1939,7 +1940,7 @@ def test_the_same_numbers_go_to_a_tracker(tracker, train, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
     monkeypatch.setattr(torch.utils, "tensorboard", stand_in, raising=False)
     if tracker == "wandb":
-        with stops("--report_to wandb", "pip install wandb"):
+        with stops("--report_to", "pip install wandb"):
             train(tmp_path / "run", "--report_to", tracker)
         return
     train(tmp_path / "run", "--report_to", tracker, "--max_steps", 2)
@@ -1978,8 +1979,9 @@ def sample_each(model, passes, G, C, temperature, generator):
         found.append(sample(model, [prompts], G, C * len(prompts.image_grid_thw), temperature, generator))
     pad = lambda name: torch.nn.utils.rnn.pad_sequence(
         [row for one in found for row in getattr(one, name)], batch_first=True)
-    return g.Rollout(*map(pad, ("completion_ids", "completion_mask", "sampling_logps")),
-                     torch.cat([one.finished for one in found]))
+    return SimpleNamespace(**{name: pad(name) for name in ("completion_ids", "completion_mask", "sampling_logps")},
+                           **{name: torch.cat([getattr(one, name) for one in found])
+                              for name in ("lengths", "finished")})
 
 def check_and_refresh(sampler, master):
     sharded = os.environ["WORLD_SIZE"] == "2"
@@ -2123,7 +2125,7 @@ def test_held_out_and_free_questions_are_asked_as_in_training(sat, worlds, evalu
     for q, row in zip(eval_cvbench.load_questions(str(sat / "train.parquet")), rows, strict=True):
         for template, family in ("base", "qwen2_vl"), ("instruct", "qwen2_5_vl"):
             tokenizer = worlds[family].tokenizer
-            assert eval_cvbench.prompt_text(q, f"{template}-reasoning", tokenizer) == g.row_text(
+            assert eval_cvbench.prompt_text(q, f"{template}-reasoning", tokenizer) == g.render(
                 row, template, tokenizer)
         assert (q["answer"], q["options"]) == (row["answer"], row["options"])
     write_rows(tmp_path / "free.parquet", dict(options=[], answer="$0.5$"))
@@ -2156,7 +2158,7 @@ def test_a_served_base_model_gets_the_base_prompt(world):
     for images, content in (0, text), (0, [part]), (1, [image, part]), (2, [image, image, part]):
         turn = [{"role": "user", "content": content}]
         asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        assert asked == g.render(text, images, "base", None)
+        assert asked == g.render(dict(question=text, options=None, images=[None] * images), "base", None)
 
 
 def answered(verdicts):

@@ -135,7 +135,8 @@ def written(args):
     N, C = args.prompts * args.num_generations, args.completion_length
     ids = torch.randint(1, shape(args).text_config.vocab_size - len(SPECIAL), (N, C), device=DEVICE)
     mask = torch.ones_like(ids, dtype=torch.bool)
-    rollout = gv.Rollout(ids, mask, torch.zeros(N, C, device=DEVICE), mask[:, 0])
+    rollout = SimpleNamespace(completion_ids=ids, completion_mask=mask, lengths=mask.sum(1), finished=mask[:, 0],
+                              sampling_logps=torch.zeros(N, C, device=DEVICE))
     return rollout, torch.randn(N, device=DEVICE)
 
 

@@ -24,6 +24,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
+from types import SimpleNamespace
 
 import make
 
@@ -171,7 +172,8 @@ def decisions(run, words, context):
     for i, tokens in enumerate(completions):
         ids[i, :len(tokens)], mask[i, :len(tokens)] = gv.torch.tensor(tokens), True
     first = gv.build_prompts(batch.texts[:1], batch.images[:1], run.tokenizer, run.image_processor, run.sampler)
-    rollout = gv.Rollout(ids, mask, gv.torch.zeros(ids.shape), mask[:, 0])
+    rollout = SimpleNamespace(completion_ids=ids, completion_mask=mask, lengths=mask.sum(1), finished=mask[:, 0],
+                              sampling_logps=gv.torch.zeros(ids.shape))
     logps = gv.score_rollout(run.policy, [first], rollout, dataclasses.replace(run.cfg, num_generations=3))
     return [math.exp(logps[i, len(tokens) - 1]) for i, tokens in enumerate(completions)]
 
