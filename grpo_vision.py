@@ -860,7 +860,7 @@ def log_step(run, step, came):
                   zip(("rollout", "reference", "update"), came.clock, came.clock[1:])}}
     if not math.isfinite(metrics["grad_norm"]):
         append_jsonl(run.output_dir / "bad_batch.jsonl", samples)
-        fail(f"gradient not finite: see {run.output_dir}/bad_batch.jsonl, lower --learning_rate, --resume")
+        fail(f"step {step}: gradient not finite, see bad_batch.jsonl. Lower --learning_rate, then --resume")
     run.accelerator.log(metrics, step=step)
     if run.accelerator.is_main_process:
         append_jsonl(run.output_dir / "metrics.jsonl", [metrics])
@@ -961,7 +961,7 @@ def check_disk(run, cfg, done):
     # state/ has 12 bytes a weight, float32 and AdamW's two moments. A new one is complete before the old goes
     a_weight = models * run.sampler.dtype.itemsize + (1 if done else 2) * 12
     needed, free = run.sampler.num_parameters() * a_weight / 1e9, shutil.disk_usage(run.output_dir).free / 1e9
-    require(needed <= free, f"the run will save {needed:.1f} GB, and {run.output_dir} has {free:.1f} GB. "
+    require(needed <= free, f"the run saves {needed:.1f} GB, and {run.output_dir} has {free:.1f} GB left. "
             "Free space, lower --save_total_limit, or choose another --output_dir.")
 
 
