@@ -749,8 +749,8 @@ def shard(run, cfg):
 def sum_gradients(model, master, cpu_offload):
     """Sum the gradients of several backwards in float32: when one leaves a gradient on a weight of `model`,
     add it to the gradient of master's weight, and free it. To the CPU it goes through one pinned buffer."""
-    weights = list(model.parameters())
-    buffer = torch.empty(cpu_offload * max(map(torch.numel, weights)), pin_memory=torch.cuda.is_available())
+    largest = max(master.parameters(), key=torch.numel)
+    buffer = torch.empty_like(largest, pin_memory=torch.cuda.is_available()).view(-1) if cpu_offload else None
 
     def add(own, weight):
         gradient, weight.grad = weight.grad.to(own.dtype), None
@@ -759,7 +759,7 @@ def sum_gradients(model, master, cpu_offload):
         own.grad = torch.zeros_like(own) if own.grad is None else own.grad
         own.grad += gradient
 
-    for weight, own in zip(weights, master.parameters(), strict=True):
+    for weight, own in zip(model.parameters(), master.parameters(), strict=True):
         if weight.requires_grad:
             weight.register_post_accumulate_grad_hook(partial(add, own))
 
