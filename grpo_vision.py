@@ -78,7 +78,7 @@ def train_step(run, cfg, step):
     rewards = compute_rewards(cfg, rollout, batch.rows, run.template)
     # 4. their advantages
     advantages = group_advantages(sum(rewards.values()), cfg.num_generations, cfg.scale_rewards)  # (N,)
-    # 5. the reference's log-probabilities
+    # 5. the reference's log-probabilities. With --beta 0 there is neither a reference nor a penalty in step 6
     ref_logps = score_rollout(run.reference, batch.passes, rollout, cfg) if cfg.beta else None    # (N, C)
     clock.append(now())
     # 6. the policy's log-probabilities, the loss and the update
@@ -296,8 +296,8 @@ def compute_rewards(cfg, rollout, rows, template):
 def group_advantages(rewards, num_generations, scale_rewards=True):
     """(N,) rewards -> (N,) advantages A = (R - mean) / (std + 1e-4) per group, with the unbiased std.
 
-    >>> group_advantages(torch.tensor([2.0, 1.0, 1.0, 0.0]), num_generations=4)
-    tensor([ 1.2246,  0.0000,  0.0000, -1.2246])
+    >>> group_advantages(torch.tensor([0.0, 2, 1, 0, 0, 1, 1, 1]), num_generations=8)
+    tensor([-1.0605,  1.7675,  0.3535, -1.0605, -1.0605,  0.3535,  0.3535,  0.3535])
 
     Subtracting the group's mean keeps the direction of the expected gradient and reduces its noise
     (DeepSeekMath, arXiv 2402.03300, 4.1.2; the 1e-4 is from the paper's code). scale_rewards=False uses
@@ -443,7 +443,7 @@ def optimise(run, cfg, step, passes, rollout, advantages, ref_logps):
     gather, count = run.accelerator.gather, run.accelerator.num_processes
     everyones = weigh_tokens(gather(rollout.lengths), gather(rollout.finished), cfg).chunk(count)
     # * count: because the gradients of the processes are averaged
-    weights = count * everyones[run.accelerator.process_index].float()                            # (N,)
+    weights = count * everyones[run.accelerator.process_index].to(rollout.sampling_logps)         # (N,)
     decay = 1 - step / cfg.max_steps if cfg.lr_scheduler_type == "linear" else 1
     run.optimizer.param_groups[0]["lr"] = cfg.learning_rate * decay
     old_logps = None  # in the first update pi_old is pi itself

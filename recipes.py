@@ -1,19 +1,16 @@
-"""What else the papers trained, and an example of how to extend grpo_vision.py: a setting, rewards, presets and
-another training step are added from outside.
+"""What else the papers trained. An example, too, of how to extend grpo_vision.py from outside.
 
-    python recipes.py --preset sat-sft           # VisualThinker's baseline: learn the answers, without reasoning
-    accelerate launch --num_processes 8 recipes.py --preset vision-r1       # GRPO on mathematics (2503.06749)
+    python recipes.py --preset sat-sft       # VisualThinker's baseline: learn the answers, without reasoning
 
-Vision-R1 in three stages, as in its paper. Qwen2.5-VL-7B needs eight GPUs of 80 GB:
+Vision-R1 (arXiv 2503.06749) on mathematics, with eight GPUs of 80 GB. Osilly/Vision-R1-CI-7B is what its first stage
+made. LAUNCH stands for: accelerate launch --multi_gpu --num_processes 8
 
     python prepare_sat.py --from CHAINS.json --out data/cold
-    accelerate launch --num_processes 8 recipes.py --preset sat-sft --data data/cold --output_dir runs/cold \\
-        --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct --learning_rate 5e-6 --max_completion_length 4096
+    LAUNCH recipes.py --preset sat-sft --data data/cold --output_dir runs/cold --learning_rate 5e-6 \\
+        --model_name_or_path Qwen/Qwen2.5-VL-7B-Instruct --max_completion_length 4096
     python prepare_sat.py --from Osilly/Vision-R1-rl --multi_image --out data/own
-    accelerate launch --num_processes 8 recipes.py --preset vision-r1 --model_name_or_path runs/cold/final \\
-        --output_dir runs/r1
-    accelerate launch --num_processes 8 recipes.py --resume --output_dir runs/r1 --max_steps 200 \\
-        --max_completion_length 8192 --num_generations 8
+    LAUNCH recipes.py --preset vision-r1 --model_name_or_path runs/cold/final --output_dir runs/r1
+    LAUNCH recipes.py --resume --output_dir runs/r1 --max_steps 200 --max_completion_length 8192 --num_generations 8
 """
 import re
 from dataclasses import dataclass, replace
@@ -25,8 +22,6 @@ import torch
 
 import grpo_vision as gv
 
-
-# ---- Supervised fine-tuning (SFT): one given completion, A = 1 -------------------------------------------
 
 @dataclass
 class Config(gv.Config):
@@ -49,8 +44,8 @@ def given_completions(run, cfg, batch):
 
 
 def sft_step(run, cfg, step):
-    """`gv.train_step` with one given completion in place of samples, and A = 1: step 6 then follows the gradient
-    of log pi. The rewards are only logged."""
+    """Supervised fine-tuning: `gv.train_step` with one given completion in place of samples, and A = 1. Step 6 then
+    follows the gradient of log pi. The rewards are only logged, and there is no sampler to compare with."""
     clock, cfg = [gv.now()], replace(cfg, num_generations=1)
     batch = gv.draw_batch(run, cfg, step)
     rollout = given_completions(run, cfg, batch)
@@ -58,14 +53,11 @@ def sft_step(run, cfg, step):
     advantages = torch.ones(len(batch.rows), device=rollout.lengths.device)                       # (B,)
     clock += [gv.now()] * 2
     logps, sums = gv.optimise(run, cfg, step, batch.passes, rollout, advantages, None)
-    sums = {name: value for name, value in sums.items() if "mismatch" not in name}  # nothing was sampled
-    sums["nll"] = -logps.sum().item()
+    sums = {name: x for name, x in sums.items() if "mismatch" not in name} | dict(nll=-logps.sum().item())
     clock.append(gv.now())
     return SimpleNamespace(cfg=cfg, batch=batch, rollout=rollout, rewards=rewards, advantages=advantages,
                            ref_logps=None, logps=logps, sums=sums, clock=clock)
 
-
-# ---- Rewards for mathematics -----------------------------------------------------------------------------
 
 # 9 cm, 9 cm^{2}, 3 chairs, 5 m/s, 20 °C. What follows 3 in "3 sin x" is no unit.
 UNIT = r"(\s*[cdkm]?m|\s+[a-z]{3,}( [a-z]{2,})*|(°|\^\{?\\circ\}?) ?[cf])(/[a-z]+)?(\^\{?[23]\}?)?"
@@ -75,8 +67,8 @@ SPELLINGS = {r"^\W*(the )?(final |correct )?(answer|option|choice)( is)?\b\s*:?"
 
 
 def math_reward(completion, answer, **_):
-    """1 if the last answer block, or else the whole text, equals the solution as mathematics, by the library
-    math-verify and within its time limits. "(C)" and "C. 140" are the letter C. Units do not count."""
+    """1 if the last answer block, or else the whole text, equals the solution mathematically, as judged by
+    math-verify within its time limits. "(C)" and "C. 140" are the letter C. Units do not count."""
     try:
         from math_verify import parse, verify
     except ImportError:
