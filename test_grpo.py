@@ -807,24 +807,26 @@ def test_the_gradient_of_k3_is_that_of_the_other_kl():
 
 
 def test_the_group_worked_in_the_readme():
-    readme = (g.HERE / "README.md").read_text()
-    worked = readme.split("One group, worked by hand")[1].split("\n## ")[0]
-    stands = lambda number: f"{number:.4f}".rstrip("0").rstrip(".") in worked
-    texts = [f"<think>{text}" for text in re.findall(r"^\| \d: `\.* ?(.*)`", worked, re.MULTILINE)]
-    rewards = rewarded("accuracy,format", texts, options=["left", "right"])
-    assert rewards["accuracy"].tolist() == [1, 0, 0, 0] and rewards["format"].tolist() == [1, 1, 1, 0]
-    A = g.group_advantages(sum(rewards.values()).double(), 4)
-    old = torch.tensor([[0.5, 0.5, 0.8], *[[0.4, 0.5, 0.5]] * 3]).double().log()
-    new = old + torch.tensor([[1, 1.3, 1], [1, 1, 1], [1, 1, 1], [1, 0.7, 1]]).double().log()
-    weights = g.weigh_tokens(torch.full((4,), 3), torch.ones(4).bool(), g.Config())
-    mask, settings = torch.ones(1, 3).bool(), (0.2, None, 0.04)
-    part = lambda i: g.grpo_loss(new[i], old[i], old[i], A[i], weights[i], mask, *settings)
-    losses, kl, clipped = zip(*(part([i]) for i in range(4)))
-    assert [some.any().item() for some in clipped] == [True, False, False, True]
-    first, last = (kl[0][0, 1], 4 * losses[0]), (kl[3][0, 1], 4 * losses[3])
-    found = [A[0], 1.2 * A[0], 0.8 * A[0], *first, *last, sum(losses)]
-    assert all(stands(abs(number.item())) for number in found), found
-    assert not stands(0.04 * A[0].item())  # a number that is not there would be missed
+    section = (g.HERE / "README.md").read_text().split("### One real group")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| `(.*)` \| (\d) \| (\d) \| (\d) \| (.*) \|$", section, re.MULTILINE)
+    texts, accuracy, form, R, A = zip(*rows)
+    rewards = rewarded("accuracy,format", [f"<think> {text}" for text in texts], options=["left", "right"])
+    assert [rewards["accuracy"].tolist(), rewards["format"].tolist()] == [[*map(float, accuracy)], [*map(float, form)]]
+    R = torch.tensor([*map(float, R)])
+    assert len(R) == 8 and torch.equal(R, sum(rewards.values()))
+    assert [f"{x:+.2f}" for x in g.group_advantages(R, 8)] == [*A]
+    assert f"mean is {R.mean():g} " in section and f"{R.std():.4f}" in section
+    cases = re.findall(r"^\| (-?\d[.\d]*) \| ([.\d]+) \| .*? \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", section, re.MULTILINE)
+    assert len(cases) == 4
+    for A, ratio, plain, clipped, expected, effect in cases:
+        A, logps = torch.tensor([float(A)]), torch.tensor([[float(ratio)]]).log().requires_grad_()
+        one, mask = torch.ones(1), torch.ones(1, 1).bool()
+        loss, _, is_clipped = g.grpo_loss(logps, torch.zeros(1, 1), None, A, one, mask, 0.2, None, 0)
+        loss.backward()
+        bound = A.item() * min(max(float(ratio), 0.8), 1.2)
+        assert [f"{A.item() * float(ratio):.2f}", f"{bound:.2f}", f"{loss.item():.2f}"] == [plain, clipped, expected]
+        push = {0.0: "stops", -1.0: "pushes it up", 1.0: "pushes it down"}[logps.grad.sign().item()]
+        assert push == effect and is_clipped.item() == (push == "stops")
 
 
 def test_loss_types_by_hand():
@@ -876,6 +878,38 @@ def test_two_stage_backward_equals_plain_autograd(family, frozen, worlds):
     assert max(error(gradients(world.two_passes)[2])) < 1e-6
     shifted = changed(world.pass_, next_position=world.pass_.lengths)  # a control: positions that go on at P
     assert min(error(gradients([shifted])[2])) > 1e-3
+
+
+def test_the_readmes_naive_step_has_the_gradients_of_train_step(world, train, tmp_path):
+    """From the same weights, on the same completions, in float64 but for transformers' norms."""
+    code = re.search(r"```python\n(def naive_step.*?)```", (g.HERE / "README.md").read_text(), re.DOTALL)[1]
+    exec(code, readme := {"torch": torch})
+    off = []
+
+    def step(run, cfg, number):
+        models = policy, reference = [copy.deepcopy(world.stock) for _ in range(2)]
+        for model, own in zip(models, (run.master, run.reference)):
+            g.refresh(model, own.double())
+            model.suppressed = world.model.suppressed
+        gradients, prompts = [], []
+        keep = lambda model: gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        hook = run.optimizer.register_step_pre_hook(lambda *_: keep(run.master))
+        came = g.train_step(run, cfg, number)
+        hook.remove()
+        for text, images in zip(came.batch.texts, came.batch.images):
+            prompt = g.build_prompts([text], [images], run.tokenizer, run.image_processor, world.model)
+            prompts.append({name: getattr(prompt, name) for name in ("input_ids", "pixel_values", "image_grid_thw")})
+        optimizer = SimpleNamespace(step=lambda: keep(policy), zero_grad=policy.zero_grad)
+        for beta in cfg.beta, 0.0:
+            drawn = (ids[mask] for ids, mask in zip(came.rollout.completion_ids, came.rollout.completion_mask))
+            R = iter(sum(came.rewards.values()).tolist())
+            readme["naive_step"](policy, reference, optimizer, prompts, lambda *_: next(drawn), lambda *_: next(R),
+                                 cfg.num_generations, beta)
+        off.append([((gradients[0] - naive).norm() / naive.norm()).item() for naive in gradients[1:]])
+        return came
+
+    g.train(g.parse_config([*train.flags, "--output_dir", str(tmp_path), "--max_steps", "2"]), step)
+    assert max(naive for naive, _ in off) < 1e-6 and off[1][1] > 1e-2  # in the second step kl is not 0
 
 
 def test_the_first_iteration_prints_zero_and_still_learns(world):
@@ -2498,7 +2532,7 @@ def test_the_toy_learns_from_its_rewards(zeroed, tmp_path, monkeypatch):
 def test_every_flag_metric_and_file_in_the_readmes_exists(capsys, trained):
     readmes = "".join((g.HERE / folder / "README.md").read_text() for folder in ("", "toy", "bench"))
     flags = {"test_grpo": set()}
-    for module in g, eval_cvbench, prepare_sat:
+    for module in g, recipes, eval_cvbench, prepare_sat:
         with pytest.raises(SystemExit):
             module.main(["--help"])
         flags[module.__name__] = set(re.findall(r"--\w+", capsys.readouterr().out))
@@ -2509,7 +2543,7 @@ def test_every_flag_metric_and_file_in_the_readmes_exists(capsys, trained):
     assert len(commands) > 40
     for script, rest in commands:
         assert set(re.findall(r"--[a-z]\w+", rest)) <= flags[script.replace("my_run", "grpo_vision")], rest
-    launchers = "--num_processes --num_machines --machine_rank --main_process_ip --main_process_port".split()
+    launchers = "--multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port".split()
     assert set(re.findall(r"(?<![\w-])--[a-z]\w+", readmes)) <= set().union(launchers, *flags.values())
     healthy = re.findall(r"^\| (`.*?) \|", readmes.split("## Is it healthy?")[1].split("\n## ")[0], re.MULTILINE)
     logged = jsonl(trained / "metrics.jsonl", drop="rewards/")[0].keys() - {"step"}
