@@ -1909,7 +1909,7 @@ def test_what_cannot_be_drawn_does_not_stop_training(train, tmp_path, monkeypatc
     train(tmp_path / "run", "--data", tmp_path / "text.parquet", "--eval_steps", 1, "--freeze", "llm")
     assert same_weights(tmp_path / "run/checkpoint-1", tmp_path / "run/final")
     assert "warning" not in capsys.readouterr().err and (tmp_path / "run/rollouts.html").exists()
-    monkeypatch.setattr(eval_cvbench, "draw_curves", lambda *_: 1 / 0)
+    monkeypatch.setattr(eval_cvbench, "draw", lambda *_: 1 / 0)
     train(tmp_path / "other", "--max_steps", 1)
     assert "ZeroDivisionError" in capsys.readouterr().err and (tmp_path / "other/checkpoint-1").exists()
 
@@ -1990,7 +1990,7 @@ def test_small_parts_of_the_evaluation_by_hand(cvbench, tmp_path):
     assert eval_cvbench.smooth([0, 3, 6, 9, 0], 3) == [1.5, 3, 6, 5, 4.5]  # fewer at the ends
     answers = [{"correct": i < 3, "length": i, "chosen": None, "finished": True, "extracted": "", "completion": ""}
                for i in range(4)]
-    eval_cvbench.append_score(tmp_path / "eval.jsonl", 7, "set", [{"answers": [a]} for a in answers])
+    eval_cvbench.append_score(tmp_path / "eval.jsonl", 7, "set", [{"answers": [a], "right": a["correct"]} for a in answers])
     assert jsonl(tmp_path / "eval.jsonl") == [dict(step=7, set="set", questions=4, accuracy=75.0, mean_length=1.5,
                                                    standard_error=pytest.approx(100 * (0.75 * 0.25 / 4) ** 0.5))]
 
@@ -2148,7 +2148,7 @@ def test_all_modes_are_asked_in_the_papers_words(evaluate, evaluated, worlds, tm
         assert f"| {word} " in printed
     assert folders.keys() == asked.keys() and sorted(evaluated) == ["base-direct", "base-reasoning"]
     for mode, folder in [*folders.items(), *evaluated.items()]:
-        assert {path.suffix for path in folder.iterdir()} == {".jsonl", ".json", ".md", ".html"}
+        assert {path.suffix for path in folder.iterdir()} == {".jsonl", ".json", ".html"}
         records = jsonl(folder / "answers.jsonl")
         assert [r["id"] for r in records] == [0, 1, 2, 3, 4] and {r["answer"] for r in records} == {"4"}
         assert [r["prompt"] for r in records] == [asked[mode](cvbench_text(n)) for n in (2, 3, 6, 4, 5)]
@@ -2182,7 +2182,7 @@ def test_asking_prints_the_sampled_answer(world, tmp_path, capsys):
         capsys.readouterr()
         ask("--ask", "Which?", "--image", f"{tmp_path}/a.png", f"{tmp_path}/a.png", *flags.split())
         said.append(capsys.readouterr().out)
-        assert re.fullmatch(r"<think>.+\n\(cut off: .*\)\n\(no answer block\)\n", said[-1], re.DOTALL)
+        assert re.fullmatch(r"<think>.+\n\(cut off: .*\)\nanswer: \(no answer block\)\n", said[-1], re.DOTALL)
     assert said[0] == said[1] and len(set(said)) == 3  # the model's own generation_config has top_k 1
 
 
@@ -2199,7 +2199,7 @@ def test_a_served_base_model_gets_the_base_prompt(world):
 def answered(verdicts):
     """{source: [right or not]} -> records"""
     return [{"task": "Depth" if source == "Omni3D" else "Count", "source": source,
-             "options": list("abcd")[:2 if source == "Omni3D" else 4], "answers": [{
+             "options": list("abcd")[:2 if source == "Omni3D" else 4], "right": right, "answers": [{
                  "correct": bool(right), "chosen": "a" if right else None, "length": 10 + right,
                  "extracted": "(A)" if right else "a", "completion": "<answer>wait</answer>" if right else "",
                  "finished": source != "COCO"}]}
@@ -2208,7 +2208,7 @@ def answered(verdicts):
 
 def graded(*verdicts):
     """-> records of questions with two options, each by the verdicts on its answers."""
-    return [{"answers": [{"correct": right} for right in rights], "options": "ab", "task": "t", "source": "s"}
+    return [{"answers": [*rights], "right": sum(rights), "options": "ab", "task": "t", "source": "s"}
             for rights in verdicts]
 
 
@@ -2221,7 +2221,7 @@ def test_scores_by_hand():
     assert [scores[name].chance for name in ("Count", "Depth", "2D", "official")] == [25, 50, 25, 37.5]
     assert scores["total"].chance == pytest.approx(100 * (6 / 4 + 5 / 2) / 11)
     assert eval_cvbench.rates_of(records) == pytest.approx({
-        "unparsed": 600 / 11, "truncated": 400 / 11, "letter only": 100, "one answer block": half,
+        "unparsed": 600 / 11, "truncated": 400 / 11, "one answer block": half,
         "reflection word": half, "mean length": 10 + 5 / 11})
     for right, low, high in (8, 49.02, 94.33), (0, 0, 27.75):  # Wilson's intervals of 8 and of 0 in 10
         score = eval_cvbench.score_of([(1, graded(*([i < right] for i in range(10))))])
@@ -2371,12 +2371,11 @@ def test_pages_are_self_contained_and_show_markup_as_text(cvbench, evaluated, tr
     for record in records:
         record["answers"][0] |= {"completion": evil, "extracted": evil, "chosen": evil}
     for most in 2, 25:
-        eval_cvbench.write_report(tmp_path, evil, records, questions, str(cvbench), most)
+        eval_cvbench.write_report(tmp_path, evil, records, questions, most)
         tags, text = read_page(tmp_path / "report.html")
         assert tags["img"] == min(5, most) and not tags["script"] and not tags["b"] and not tags["i"]
         assert f"5 without a right answer, {min(5, most)} of them shown" in text
     assert text.count(evil) >= 16
-    picture(60, 60).save(tmp_path / "legend.png")
     groups = jsonl(trained / "rollouts.jsonl")
     for group in groups:
         group |= dict(question=evil, answer=evil, options=[evil] * 2)
@@ -2386,7 +2385,7 @@ def test_pages_are_self_contained_and_show_markup_as_text(cvbench, evaluated, tr
     eval_cvbench.write_rollouts(tmp_path)
     (tags, text), (usual, _) = read_page(tmp_path / "rollouts.html"), read_page(trained / "rollouts.html")
     assert text.count(evil) > 24 and len(usual) > 8
-    assert tags - usual == Counter(img=1, p=1)  # the legend; else the same elements as with harmless text
+    assert tags == usual  # the same elements as with harmless text
 
 
 def test_a_run_is_drawn_again_from_its_folder_alone(trained, tmp_path):
@@ -2438,7 +2437,7 @@ def test_the_page_says_what_the_update_did_to_each_token(world, sat, train, tmp_
 # a fault in a row of CV-Bench's, and words of the sentence
 FAULTS = [
     (dict(image=dict(bytes=NO_JPEG, path=None)), "read"), (dict(image=None), "image"),
-    (dict(image=dict(bytes=None, path="none.jpg")), "image"), (dict(answer="(D)"), "answer '(D)'"),
+    (dict(image=dict(bytes=None, path="none.jpg")), "none.jpg"), (dict(answer="(D)"), "answer '(D)'"),
     (dict(answer=None), "answer None"), (dict(answer="B"), "answer 'B'"), (dict(answer=""), "answer ''"),
     (dict(choices=None), "answer"), (dict(choices=[]), "answer"), (dict(choices=["3", None]), "option"),
     (dict(choices=["3", " "]), "option"), (dict(choices="['3', '4']"), "no list"), (dict(prompt=None), "question"),
