@@ -7,6 +7,7 @@
     python toy/experiments.py seeds        # three worlds with three bases
     python toy/experiments.py controls     # is it the reward that teaches?
     python toy/experiments.py paper        # base, SFT, GRPO, instruct, frozen towers
+    python toy/experiments.py exercises    # the README's five: small edits of grpo_vision.py
 
 Sampled: the 512 held-out questions at temperature 1, graded as in training. Greedy: those and the 384 in
 CV-Bench's format, graded as in evaluation. Rows give the mean and the standard deviation over seeds. Worlds,
@@ -69,6 +70,25 @@ LADDER = {
     "no KL penalty": ("--beta 0", ""),
     "ten times the KL penalty": ("--beta 0.1", ""),
 }
+# label -> flags, and the edits: a function of grpo_vision.py, what is replaced in it, and by what
+EXERCISES = {
+    "unchanged": ("", ()),
+    "1: KL in the reward": ("", (
+        ("train_step", "sum(rewards.values())", "sum(rewards.values()) - cfg.beta * "
+         "(rollout.sampling_logps - score_rollout(run.reference, batch.passes, rollout, cfg)).sum(1)"),
+        ("grpo_loss", "per_token_loss + beta * kl", "per_token_loss"))),
+    "2: the whole batch's std": ("", (("group_advantages", "R.std(1, keepdim=True)", "R.std()"),)),
+    "3: 32 groups of 2": ("--num_generations 2 --prompts_per_step 32", ()),
+    "3: 4 groups of 16": ("--num_generations 16 --prompts_per_step 4", ()),
+    "four updates per rollout": ("--num_iterations 4", ()),
+    "4: four updates, GSPO's ratio": ("--num_iterations 4", (
+        ("grpo_loss", "(per_token_logps - old_per_token_logps).exp()", "((per_token_logps - old_per_token_logps)"
+         ".sum(1, keepdim=True) / completion_mask.sum(1, keepdim=True)).exp()"),)),
+    "5: KL times the ratio": ("", (("grpo_loss", "beta * kl", "beta * ratio * kl"),)),
+}
+# a line of Python that makes an edit; train has the old train_step as its default
+EDIT = ("import inspect; source = inspect.getsource(g.{0}); assert source.count({1!r}) == 1; "
+        "exec(source.replace({1!r}, {2!r}), vars(g)); g.train.__defaults__ = (g.train_step,)")
 REWARDS = {"accuracy,format": "both", "accuracy": "accuracy alone", "format": "format alone"}
 HEAD = ("| | sampled: held-out, % | one block, % | tokens | greedy: held-out, % | CV-Bench's format, % |\n"
         "|---|--:|--:|--:|--:|--:|")
@@ -240,35 +260,51 @@ def group_figure(first, found, path):
     figure.savefig(path, dpi=130)
 
 
-def ladder(args):
-    flags = "--max_steps 70 --eval_steps 7 --save_steps 1000 --eval_data"
-    sets = TOY / "test.parquet"
+def learn(args, variants, kind):
+    """70 steps for each label -> (flags, change). -> steps, {label: greedy accuracy at each, by seed}, a table"""
+    flags = f"--max_steps 70 --eval_steps 7 --save_steps 1000 --eval_data {TOY}/test.parquet"
 
     def one(label, seed):
-        change, name = LADDER[label], slug(label, f"ladder-{seed}")
-        train(name, f"{flags} {sets} --seed {seed} {change[0]}", change[1])
-        return accuracies(FOLDER / name, "test.parquet"), read_jsonl(FOLDER / name / "metrics.jsonl")
+        (more, change), name = variants[label], slug(label, f"{kind}-{seed}")
+        train(name, f"{flags} --seed {seed} {more}", change)
+        return *accuracies(FOLDER / name, "test.parquet"), read_jsonl(FOLDER / name / "metrics.jsonl")
 
-    tasks = [(label, seed) for label in LADDER for seed in range(args.seeds)]
-    found = dict(zip(tasks, at_once(one, tasks)))
-    figure, axes = panels(3, 11)
+    tasks = [(label, seed) for label in variants for seed in range(args.seeds)]
+    found, curves = dict(zip(tasks, at_once(one, tasks))), {}
     lines = ["| greedy on 128 held-out questions, % | step 14 | step 28 | step 70 | kl at the end | clipped tokens, % |\n"
              "|---|--:|--:|--:|--:|--:|"]
+    for label in variants:
+        steps, curves[label], logs = zip(*(found[label, seed] for seed in range(args.seeds)))
+        at = [shown([curve[steps[0].index(step)] for curve in curves[label]]) for step in (14, 28, 70)]
+        kl = shown([mean(m["kl"] for m in metrics[-10:]) for metrics in logs], "{:.3f}")
+        clip = shown([100 * mean(m["clip_ratio"] for m in metrics) for metrics in logs], "{:.2f}")
+        lines.append(f"| {label} | {' | '.join(at)} | {kl} | {clip} |")
+    return steps[0], curves, lines
+
+
+def ladder(args):
+    steps, curves, lines = learn(args, LADDER, "ladder")
+    figure, axes = panels(3, 11)
     for number, label in enumerate(LADDER):
-        runs = [found[label, seed] for seed in range(args.seeds)]
-        steps, curves = runs[0][0][0], [curve for (_, curve), _ in runs]
         places = [0, 1, 2] if label.endswith("GRPO") else [0 if number < 3 else 1 if number < 6 else 2]
         for place in places:
-            band(axes[place], steps, curves, label=label, marker="o", ms=3)
-        at = [shown([curve[steps.index(step)] for curve in curves]) for step in (14, 28, 70)]
-        kl = shown([mean(m["kl"] for m in metrics[-10:]) for _, metrics in runs], "{:.3f}")
-        clip = shown([100 * mean(m["clip_ratio"] for m in metrics) for _, metrics in runs], "{:.2f}")
-        lines.append(f"| {label} | {' | '.join(at)} | {kl} | {clip} |")
+            band(axes[place], steps, curves[label], label=label, marker="o", ms=3)
     for axis, title in zip(axes, ("from answers to GRPO", "several updates per rollout", "the KL penalty")):
         axis.set(title=title, xlabel="training step", ylim=(0, 100))
         axis.legend(loc="lower right", fontsize=7)
     axes[0].set_ylabel(f"right, %, greedy; {args.seeds} seed(s)")
     figure.savefig(args.out / "ladder.png", dpi=130)
+    return lines
+
+
+def exercises(args):
+    variants = {label: (flags, "; ".join(EDIT.format(*edit) for edit in edits))
+                for label, (flags, edits) in EXERCISES.items()}
+    _, _, lines = learn(args, variants, "exercises")
+    lines.append("")
+    for label, (flags, edits) in EXERCISES.items():
+        what = [f"`{flags}`"] * bool(flags) + [f"in `{where}`, `{old}` -> `{new}`" for where, old, new in edits]
+        lines.append(f"- {label}: {'; '.join(what) or 'no edit'}")
     return lines
 
 
@@ -394,7 +430,7 @@ def table(args, variants):
     return [HEAD, *(row(label, [found[task] for task in tasks if task[0] == label]) for label in variants)]
 
 
-EXPERIMENTS = dict(group=group, ladder=ladder, passk=passk, rewards=rewards, seeds=seeds,
+EXPERIMENTS = dict(group=group, ladder=ladder, passk=passk, rewards=rewards, seeds=seeds, exercises=exercises,
                    controls=lambda args: table(args, CONTROLS), paper=lambda args: table(args, PAPER))
 
 
