@@ -6,7 +6,7 @@
     python toy/experiments.py rewards      # what is paid is what is learned
     python toy/experiments.py seeds        # three worlds with three bases
     python toy/experiments.py controls     # is it the reward that teaches?
-    python toy/experiments.py paper        # base, SFT, GRPO, instruct, frozen towers
+    python toy/experiments.py paper        # base, SFT, GRPO, frozen towers
     python toy/experiments.py exercises    # the README's five: small edits of grpo_vision.py
 
 Sampled: the 512 held-out questions at temperature 1, graded as in training. Greedy: those and the 384 in
@@ -17,7 +17,7 @@ import argparse
 import json
 import math
 import os
-import random
+import re
 import shutil
 import subprocess
 import sys
@@ -25,18 +25,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
 
-from filelock import FileLock
-
 import make
 
 sys.path.insert(0, str(make.HERE.parent))
 import grpo_vision as gv
-from eval_cvbench import read_jsonl, smooth
+from eval_cvbench import read_jsonl
 from grpo_vision import HERE, RUNS, TOY, torch
-from prepare_sat import CHAIN_FEATURES, write_parquet
 
 FOLDER = RUNS / "experiments"
-SFT = "--algorithm sft --loss_type dapo --max_steps 150 --learning_rate 5e-4"
 TIMES = "advantages = g.group_advantages; g.group_advantages = lambda *x: {} * advantages(*x)"
 # label -> flags of recipes.py, and a line of Python that changes grpo_vision (g) first; None: no training
 CONTROLS = {
@@ -52,11 +48,9 @@ CONTROLS = {
 PAPER = {
     "base": None,
     "base, direct": None,
-    "base + SFT": (SFT, ""),
+    "base + SFT": ("--algorithm sft --loss_type dapo --max_steps 150 --learning_rate 5e-4", ""),
     "base + GRPO without thinking": ("--prompt direct --rewards accuracy", ""),
     "base + GRPO": ("", ""),
-    "instruct-style": (f"{SFT} --prompt instruct", ""),
-    "instruct-style + GRPO": ("", ""),
     "base + GRPO, vision frozen": ("--freeze vision", ""),
     "base + GRPO, LLM frozen": ("--freeze llm", ""),
 }
@@ -92,9 +86,6 @@ EDIT = ("import inspect; source = inspect.getsource(g.{0}); assert source.count(
 REWARDS = {"accuracy,format": "both", "accuracy": "accuracy alone", "format": "format alone"}
 HEAD = ("| | sampled: held-out, % | one block, % | tokens | greedy: held-out, % | CV-Bench's format, % |\n"
         "|---|--:|--:|--:|--:|--:|")
-ROLES = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n"  # as Qwen's, for one turn of text
-         "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 # ---- Runs, each made once --------------------------------------------------------------------------------
@@ -102,16 +93,15 @@ ROLES = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n"  # a
 def run(name, *command):
     """Run python, unless it was run before -> CPU-seconds. The log is FOLDER/NAME.log and ends in them."""
     log = FOLDER / f"{name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{log}.lock"):  # who else needs this run waits for it
-        if not log.exists() or "CPU-seconds" not in log.read_text():
-            shutil.rmtree(FOLDER / name, ignore_errors=True)  # a run that was stopped
-            with open(log, "w") as file:
-                child = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stdout=file, stderr=file)
-                _, status, usage = os.wait4(child.pid, 0)
-                if status:
-                    raise SystemExit(f"error: {name} failed, see {log}")
-                file.write(f"\nCPU-seconds {usage.ru_utime + usage.ru_stime:.0f}\n")
+    if not log.exists() or "CPU-seconds" not in log.read_text():
+        log.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(FOLDER / name, ignore_errors=True)  # a run that was stopped
+        with open(log, "w") as file:
+            child = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stdout=file, stderr=file)
+            _, status, usage = os.wait4(child.pid, 0)
+            if status:
+                raise SystemExit(f"error: {name} failed, see {log}")
+            file.write(f"\nCPU-seconds {usage.ru_utime + usage.ru_stime:.0f}\n")
     return int(log.read_text().split()[-1])
 
 
@@ -137,10 +127,12 @@ def answer(name, model, data=TOY, mode="reasoning"):
     return [scores[0], sampled["rates"]["one answer block"], sampled["rates"]["mean length"], *scores[1:]]
 
 
-def at_once(function, tasks):
-    """function(*task) for each task, as many at a time as there are cores -> list of results."""
+def each(args, function, labels):
+    """function(label, seed), as many at a time as there are cores -> {label: list of one result a seed}"""
+    tasks = [(label, seed) for label in labels for seed in range(args.seeds)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda task: function(*task), tasks))
+        found = dict(zip(tasks, pool.map(lambda task: function(*task), tasks)))
+    return {label: [found[label, seed] for seed in range(args.seeds)] for label in labels}
 
 
 def shown(values, form="{:.1f}"):
@@ -216,12 +208,10 @@ def group(args):
     first, found = read_jsonl(folder / "rollouts.jsonl")[0], json.loads(file.read_text())
     group_figure(first, found, args.out / "group.png")
     lines = [f"{first['question']} Options: {', '.join(first['options'])}. Right: {first['answer']}.\n",
-             "| completion | R | A | token that changed most: before -> after |\n|---|--:|--:|---|"]
+             "| completion | R | A |\n|---|--:|--:|"]
     for c in first["completions"]:
-        _, token, before, after = max((abs(after - before), json.dumps(token), math.exp(before), math.exp(after))
-                                      for token, before, after in zip(c["tokens"], c["before"], c["after"]))
         text = "".join(c["tokens"]).replace("\n", "\\n")
-        lines.append(f"| `{text}` | {c['reward']:g} | {c['advantage']:+.2f} | {token}: {before:.2f} -> {after:.2f} |")
+        lines.append(f"| `{text}` | {c['reward']:g} | {c['advantage']:+.2f} |")
     steps = 0, 1, 10, 70, 139
     lines.append(f"\n| probability after so many steps | {' | '.join(map(str, steps))} |\n|---|{'--:|' * len(steps)}")
     for what, values in zip(DECISIONS, zip(*found)):
@@ -241,8 +231,8 @@ def group_figure(first, found, path):
 
     largest = max(abs(a - b) for c in rows for a, b in zip(c["after"], c["before"]))
     write(0, -0.9, f"{first['question']} ({first['answer']})", weight="bold")
-    write(R := 490, -0.9, "R", weight="bold", ha="right")
-    write(A := 530, -0.9, "A", weight="bold", ha="right")
+    write(490, -0.9, "R", weight="bold", ha="right")
+    write(530, -0.9, "A", weight="bold", ha="right")
     for y, c in enumerate(rows):
         x = 0
         for token, before, after in zip(c["tokens"], c["before"], c["after"]):
@@ -250,8 +240,8 @@ def group_figure(first, found, path):
             colour, share = "tab:green" if after > before else "tab:red", abs(after - before) / largest
             write(x, y, token, family="monospace", bbox=dict(facecolor=(colour, share), edgecolor="none", pad=1))
             x += 5.42 * len(token) + 3  # a character of this font is 0.602 as wide as its size
-        write(R, y, f"{c['reward']:g}", ha="right")
-        write(A, y, f"{c['advantage']:+.2f}", ha="right")
+        write(490, y, f"{c['reward']:g}", ha="right")
+        write(530, y, f"{c['advantage']:+.2f}", ha="right")
     write(0, len(rows), "green: the update made the token likelier; red: less likely", style="italic")
     for what, values in zip(DECISIONS, zip(*found)):
         right.plot(values, label=what.replace("`", ""))
@@ -269,12 +259,11 @@ def learn(args, variants, kind):
         train(name, f"{flags} --seed {seed} {more}", change)
         return *accuracies(FOLDER / name, "test.parquet"), read_jsonl(FOLDER / name / "metrics.jsonl")
 
-    tasks = [(label, seed) for label in variants for seed in range(args.seeds)]
-    found, curves = dict(zip(tasks, at_once(one, tasks))), {}
-    lines = ["| greedy on 128 held-out questions, % | step 14 | step 28 | step 70 | kl at the end | clipped tokens, % |\n"
+    found, curves = each(args, one, variants), {}
+    lines = ["| greedy, 128 held-out questions, % | step 14 | step 28 | step 70 | kl at the end | clipped tokens, % |\n"
              "|---|--:|--:|--:|--:|--:|"]
     for label in variants:
-        steps, curves[label], logs = zip(*(found[label, seed] for seed in range(args.seeds)))
+        steps, curves[label], logs = zip(*found[label])
         at = [shown([curve[steps[0].index(step)] for curve in curves[label]]) for step in (14, 28, 70)]
         kl = shown([mean(m["kl"] for m in metrics[-10:]) for metrics in logs], "{:.3f}")
         clip = shown([100 * mean(m["clip_ratio"] for m in metrics) for metrics in logs], "{:.2f}")
@@ -300,32 +289,26 @@ def ladder(args):
 def exercises(args):
     variants = {label: (flags, "; ".join(EDIT.format(*edit) for edit in edits))
                 for label, (flags, edits) in EXERCISES.items()}
-    _, _, lines = learn(args, variants, "exercises")
-    lines.append("")
-    for label, (flags, edits) in EXERCISES.items():
-        what = [f"`{flags}`"] * bool(flags) + [f"in `{where}`, `{old}` -> `{new}`" for where, old, new in edits]
-        lines.append(f"- {label}: {'; '.join(what) or 'no edit'}")
-    return lines
+    return learn(args, variants, "exercises")[2]
 
 
 def passk(args):
     """The share of questions with a right answer in k tries, of the base and of the trained model."""
     train("seed-0", "--seed 0")
     flags = "--limit 256 --temperature 1 --num_generations 64 --strict".split()
-    found = at_once(lambda name, model: evaluate(f"passk-{name}", model, TOY / "test.parquet", *flags)["scores"],
-                    [("base", TOY / "base"), ("trained", FOLDER / "seed-0/final")])
     ks = [2**i for i in range(7)]
     figure, axis = panels(1, 5)
     lines = [f"| k | {' | '.join(map(str, ks))} |\n|---|{'--:|' * len(ks)}"]
-    for label, scores in zip(("base", "trained"), found):
-        values = [scores[f"pass@{k}"] for k in ks]
-        lines.append(f"| {label}, % | " + " | ".join(f"{score['value']:.1f}" for score in values) + " |")
-        axis.plot(ks, [score["value"] for score in values], "o-", label=label)
-        axis.fill_between(ks, [score["low"] for score in values], [score["high"] for score in values], alpha=0.15)
-    axis.set(xscale="log", xlabel="k, samples for each question", ylabel="pass@k, %", ylim=(0, 101), xticks=ks)
-    axis.set_xticklabels(ks)
+    for label, model in ("base", TOY / "base"), ("trained", FOLDER / "seed-0/final"):
+        scores = evaluate(f"passk-{label}", model, TOY / "test.parquet", *flags)["scores"]
+        values, low, high = ([scores[f"pass@{k}"][part] for k in ks] for part in ("value", "low", "high"))
+        lines.append(f"| {label}, % | {' | '.join(f'{value:.1f}' for value in values)} |")
+        axis.plot(ks, values, "o-", ms=4, label=label)
+        axis.fill_between(ks, low, high, alpha=0.15)
+    axis.set(xscale="log", xlabel="k, samples for each question", ylabel="pass@k, %", ylim=(0, 101), xticks=ks,
+             xticklabels=ks)
     axis.minorticks_off()
-    axis.legend()
+    axis.legend(loc="lower right")
     figure.savefig(args.out / "passk.png", dpi=130)
     return lines
 
@@ -340,16 +323,15 @@ def rewards(args):
         form = [gv.format_reward(s["completion"]) for s in last]
         return mean("i guess" in s["completion"] for s in last), mean(right), mean(form)
 
-    tasks = [(names, seed) for names in REWARDS for seed in range(args.seeds)]
-    found = dict(zip(tasks, at_once(one, tasks)))
+    found = each(args, one, REWARDS)
     lines = ["| rewarded for | guesses | accuracy | format |\n|---|--:|--:|--:|"]
     figure, axis = panels(1, 6, 2.6)
     for place, (names, label) in enumerate(REWARDS.items()):
-        columns = [*zip(*(found[names, seed] for seed in range(args.seeds)))]
+        columns = list(zip(*found[names]))
         lines.append(f"| {label} | " + " | ".join(shown(values, "{:.2f}") for values in columns) + " |")
         axis.bar([i + 0.25 * (place - 1) for i in range(3)], list(map(mean, columns)), 0.22, label=label)
-    axis.set(xticks=range(3), ylim=(0, 1), ylabel="share of completions")
-    axis.set_xticklabels(["guesses", "right", "in the format"])
+    axis.set(xticks=range(3), xticklabels=["guesses", "right", "in the format"], ylim=(0, 1),
+             ylabel="share of completions")
     figure.legend(title="rewarded for", loc="outside right upper")
     figure.savefig(args.out / "rewards.png", dpi=130)
     return lines
@@ -359,7 +341,7 @@ def rewards(args):
 
 def seeds(args):
     """Each with a world, a base model and a run of its own. Seed 0 is what `python grpo_vision.py` does."""
-    def one(seed):
+    def one(_, seed):
         data = FOLDER / f"world-{seed}" if seed else TOY
         if seed:
             run(data.name, TOY / "make.py", "--seed", seed, "--out", data)
@@ -369,60 +351,21 @@ def seeds(args):
                          (("base", data / "base"), ("grpo", FOLDER / name / "final")))
         return [row(f"seed {seed}: base", [before]), row(f"GRPO, {seconds} CPU-seconds", [after])]
 
-    lines = sum(at_once(one, [(seed,) for seed in range(args.seeds)]), [HEAD])
-    runs = [FOLDER / f"seed-{seed}" for seed in range(args.seeds)]
-    figure, (left, right) = panels(2)
-    for name, label in ("test.parquet", "held-out questions"), ("cvbench", "CV-Bench's format"):
-        found = [accuracies(folder, name) for folder in runs]
-        band(left, found[0][0], [values for _, values in found], label=label, marker="o", ms=3)
-    metrics = [read_jsonl(folder / "metrics.jsonl") for folder in runs]
-    lengths = [smooth([m["completions/mean_length"] for m in one], 7) for one in metrics]
-    band(right, [m["step"] for m in metrics[0]], lengths, color="tab:red")
-    left.set(title=f"right, %, greedy; {len(runs)} seeds", xlabel="training step", ylim=(0, 100))
-    right.set(title="length of the rollouts, tokens", xlabel="training step", ylim=(0, None))
-    left.legend(loc="lower right")
-    figure.savefig(args.out / "seeds.png", dpi=130)
-    return lines
-
-
-def write_chains(path):
-    """Questions about scenes of no test, with completions of the corpus's mixed habits -> Parquet, for SFT."""
-    rng, seen, rows = random.Random(0), set(), []
-    for _, tests, _ in make.sets(rng, seen)[:3]:
-        list(tests)  # their scenes are in `seen` from here on
-    while len(rows) < 2400:
-        scene, question = make.asked_scene(make.SAT_KINDS, rng, seen)
-        style, = rng.choices(list(make.STYLES), make.STYLES.values())
-        row = make.sat_row(scene, question, len(rows), rng)
-        rows.append(row | dict(completion="<think>" + make.complete(question, style, rng)))
-    write_parquet(path, rows, CHAIN_FEATURES)
+    return sum(each(args, one, ["seeds"])["seeds"], [HEAD])
 
 
 def table(args, variants):
     """Variants that start from the base of seed 0; the seed sets data order and sampling."""
-    chains, roles = FOLDER / "chains.parquet", FOLDER / "base-with-roles"
-    if "instruct-style" in variants and not roles.exists():
-        write_chains(chains)
-        shutil.copytree(TOY / "base", roles)
-        (roles / "chat_template.jinja").write_text(ROLES)
+    ways = {label: "direct" if re.search("direct|SFT|without", label) else "reasoning" for label in variants}
 
     def one(label, seed):
-        name, start = slug(label, seed), {}
-        mode = "direct" if "direct" in label or "SFT" in label or "without" in label else "reasoning"
-        if variants[label] is None:
-            return answer(name, TOY / "base", mode=mode)
-        if label == "instruct-style":
-            start = dict(base=roles, data=chains)
-        if label == "instruct-style + GRPO":
-            one("instruct-style", seed)
-            start = dict(base=FOLDER / slug("instruct-style", seed) / "final")
-        flags, change = variants[label]
-        train(name, f"--eval_steps 0 --save_steps 1000 --seed {seed} {flags}", change, **start)
-        return answer(name, FOLDER / name / "final", mode=mode)
+        name, (flags, change) = slug(label, seed), variants[label]
+        train(name, f"--eval_steps 0 --save_steps 1000 --seed {seed} {flags}", change)
+        return answer(name, FOLDER / name / "final", mode=ways[label])
 
-    tasks = [(label, seed) for label, how in variants.items() for seed in range(1 if how is None else args.seeds)]
-    found = dict(zip(tasks, at_once(one, tasks)))
-    return [HEAD, *(row(label, [found[task] for task in tasks if task[0] == label]) for label in variants)]
+    trained = each(args, one, [label for label in variants if variants[label]])
+    return [HEAD, *(row(label, trained.get(label) or [answer(slug(label, 0), TOY / "base", mode=ways[label])])
+                    for label in variants)]
 
 
 EXPERIMENTS = dict(group=group, ladder=ladder, passk=passk, rewards=rewards, seeds=seeds, exercises=exercises,

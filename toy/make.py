@@ -185,24 +185,16 @@ def asked_scene(kinds, rng, seen):
     return scene, question
 
 
-def letter(i):
-    return f"({chr(65 + i)})"
-
-
 def cvbench_prompt(question):
-    choices = "\n".join(f"{letter(i)} {option}" for i, option in enumerate(question.options))
+    choices = "\n".join(map("({}) {}".format, "ABCDEF", question.options))
     return f"{question.cvbench} Select from the following choices.\n{choices}"
-
-
-def sat_row(scene, question, index, rng):
-    return dict(images=[png(paint(scene, rng))], question=question.sat, options=question.options,
-                answer=question.answer, question_type=question.kind, source_row=index)
 
 
 def sat_rows(count, rng, seen):
     for index in range(count):
         scene, question = asked_scene([SAT_KINDS[index % len(SAT_KINDS)]], rng, seen)
-        yield sat_row(scene, question, index, rng)
+        yield dict(images=[png(paint(scene, rng))], question=question.sat, options=question.options,
+                   answer=question.answer, question_type=question.kind, source_row=index)
 
 
 TEXT = Value("string")
@@ -224,7 +216,7 @@ def cvbench_rows(kinds, file, sources, per_task, rng, seen):
         name, source = f"toy_{dimension}_{index}.png", sources[i % len(sources)]
         yield dict(idx=index, type=dimension, task=task, image=png(paint(scene, rng)),
                    question=question.cvbench, choices=question.options,
-                   answer=letter(question.options.index(question.answer)), prompt=cvbench_prompt(question),
+                   answer=f"({'ABCDEF'[question.options.index(question.answer)]})", prompt=cvbench_prompt(question),
                    filename=name, source=source, source_dataset=f"{source} (toy)", source_filename=name,
                    target_class=None, target_size=None, bbox=None)
 
@@ -340,10 +332,9 @@ def build_tokenizer(rng):
     merges = [tuple(merge) for merge in learnt["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=merges, unk_token=None, bos_token=None,
                                eos_token=SPECIALS[0], pad_token=SPECIALS[0], model_max_length=32768)
-    tokenizer.add_tokens([AddedToken(special, special=True, normalized=False) for special in SPECIALS])
+    added = [*SPECIALS, "<think>", "</think>", "<answer>", "</answer>"]
+    tokenizer.add_tokens([AddedToken(text, special=text in SPECIALS, normalized=False) for text in added])
     tokenizer.add_special_tokens({"extra_special_tokens": SPECIALS[1:]}, replace_extra_special_tokens=True)
-    tags = ["<think>", "</think>", "<answer>", "</answer>"]
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
     tokenizer.chat_template = BASE_CHAT_TEMPLATE
     return tokenizer
 
