@@ -221,7 +221,7 @@ def group(args):
 
 def group_figure(first, found, path):
     """Left: the group's completions, each token tinted by what the update did to it. Right: the decisions."""
-    figure, (left, right) = panels(2, 12, 4, width_ratios=(2.1, 1))
+    figure, (left, right) = panels(2, 13, 4.2, width_ratios=(2.2, 1))
     rows = first["completions"]
     left.set(ylim=(len(rows) + 0.5, -1.2))
     left.axis("off")
@@ -231,8 +231,8 @@ def group_figure(first, found, path):
 
     largest = max(abs(a - b) for c in rows for a, b in zip(c["after"], c["before"]))
     write(0, -0.9, f"{first['question']} ({first['answer']})", weight="bold")
-    write(490, -0.9, "R", weight="bold", ha="right")
-    write(530, -0.9, "A", weight="bold", ha="right")
+    write(545, -0.9, "R", weight="bold", ha="right")
+    write(590, -0.9, "A", weight="bold", ha="right")
     for y, c in enumerate(rows):
         x = 0
         for token, before, after in zip(c["tokens"], c["before"], c["after"]):
@@ -240,13 +240,13 @@ def group_figure(first, found, path):
             colour, share = "tab:green" if after > before else "tab:red", abs(after - before) / largest
             write(x, y, token, family="monospace", bbox=dict(facecolor=(colour, share), edgecolor="none", pad=1))
             x += 5.42 * len(token) + 3  # a character of this font is 0.602 as wide as its size
-        write(490, y, f"{c['reward']:g}", ha="right")
-        write(530, y, f"{c['advantage']:+.2f}", ha="right")
+        write(545, y, f"{c['reward']:g}", ha="right")
+        write(590, y, f"{c['advantage']:+.2f}", ha="right")
     write(0, len(rows), "green: the update made the token likelier; red: less likely", style="italic")
     for what, values in zip(DECISIONS, zip(*found)):
         right.plot(values, label=what.replace("`", ""))
     right.set(xlabel="training step", ylabel="probability", ylim=(0, 1.02))
-    figure.legend(*right.get_legend_handles_labels(), loc="outside right lower")
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.savefig(path, dpi=130)
 
 
