@@ -5,11 +5,11 @@ a rule gives each completion a reward R. Training raises the expected reward J:
 
     J      = E[R]                over completions sampled from pi
     grad J = E[R grad log pi]    since grad pi = pi grad log pi
-    grad J ~ E[A grad log pi]    with A = R - the mean R of its group: the same direction with less noise
+    grad J = E[A grad log pi]    with A = R - b, for any constant b, since E[grad log pi] = 0
 
-So training is maximum likelihood with a signed weight: sample a group of completions of one question, and
-push a completion's tokens up or down as it did better or worse than its group. That is GRPO, Group
-Relative Policy Optimization. "R1-Zero" means that it starts from a base model and learns from rewards alone.
+With b = the group's mean R, the noise is less. So this is maximum likelihood with a signed weight: sample a
+group of completions of a question, and push the tokens of each up or down as it did better or worse than its
+group. GRPO: Group Relative Policy Optimization. R1-Zero: starting from a base model, by rewards alone.
 
 One training step, as in `train_step` and the sections below:
 
@@ -25,14 +25,14 @@ One training step, as in `train_step` and the sections below:
                  [-min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta kl]
      pi_old is the policy when it first scored these completions. kl keeps the policy near the reference.
 
-A group shares its image and prompt. They are encoded once, and all G completions reuse their keys and values:
+A group shares its image and prompt. Sampling, reference and update each encode them once, not G times:
 
     image, prompt --encode--> keys, values --sample--> G completions --reward--> R --compare--> A
                                    |                                                            |
     policy <--stage 2 of backward--'<--stage 1-- loss <--score under policy and reference-------'
 
 Tensor lines end in their shape: # (N, C). `cfg` holds the settings (`Config`), and `run` what `setup` makes
-of them: data, models (`build_models`), optimizer. policy(encode, x) is encode(model, x).
+of them: data, models (`build_models`), optimizer. policy(encode, x) is encode(model, x), within FSDP's hooks.
 
     python grpo_vision.py                                             # the toy: a laptop, offline, 2 minutes
     python grpo_vision.py --preset sat                                # Qwen2-VL-2B on SAT, on one GPU
@@ -133,8 +133,8 @@ def render(row, template, tokenizer):
 def draw_batch(run, cfg, step):
     """Draw this process's B questions -> their data rows (dicts), images, prompts' texts, and the passes in
     which they are encoded. A pass is n prompts that run through the model together: input_ids (n, P), padded
-    on the right; lengths (n,); position_ids (3, n, P); next_position (n,), where the completion begins; the
-    pixels; first, the index of its first prompt."""
+    on the right; lengths (n,); position_ids (3, n, P), time, height and width; next_position (n,), that of
+    the first completion token; the pixels; first, the index of its first prompt."""
     B, rank = cfg.prompts_per_step // run.accelerator.num_processes, run.accelerator.process_index
     rows = draw_rows(run.rows, cfg.seed, step * cfg.prompts_per_step + rank * B, B)
     texts = [render(row, run.template, run.tokenizer) for row in rows]
@@ -197,7 +197,7 @@ def sample(model, passes, num_generations, limit, temperature, generator=None):
         sampling_logps[indices, t] = logps.gather(-1, tokens)[:, 0]
         if not decoder.feed(tokens, torch.isin(tokens[:, 0], ends)):
             break
-    # mask what the decoder still generates after an end token
+    # keep up to and with the first end token; mask what the decoder still generated after it
     is_end = torch.isin(completion_ids, ends).int()                                               # (N, limit)
     completion_mask = is_end.cumsum(1) - is_end == 0                                              # (N, limit)
     lengths = completion_mask.sum(1)                                                              # (N,)
@@ -329,7 +329,7 @@ def score(model, prompts, prompt_kv, group, completion_ids, completion_mask, cfg
     is_prompt = torch.arange(P - 1, device=device) < last                                         # (K, P - 1)
     visible = torch.cat([is_prompt, torch.ones_like(completion_mask)], 1)                     # (K, P - 1 + C)
     layers = [PromptLayer(*kv, group) for kv in zip(prompt_kv[::2], prompt_kv[1::2])]
-    model.set_attn_implementation(cfg.attn_implementation)
+    model.set_attn_implementation(cfg.attn_implementation)  # `Decoder` sets its own
     hidden = model.model(input_ids=inputs, position_ids=positions.expand(3, K, C), attention_mask=visible,
                          past_key_values=Cache(layers=layers)).last_hidden_state                  # (K, C, H)
 
@@ -379,17 +379,17 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     *_logps, completion_mask: (K, C); advantages, token_weights: (K,).
 
     While pi is pi_old, the ratio is 1 and its gradient is that of log pi: every token is pushed up or down by
-    its A. In a further update on the same rollout (num_iterations > 1) the samples are from pi_old, an older
-    policy. The ratio corrects for that while it is near 1. So the clip stops pushing a token that has moved
-    by epsilon in the direction of its A. The min still pushes one that has moved the other way."""
+    its A. In a further update on the same rollout (num_iterations > 1) the samples are pi_old's. The mean of
+    ratio A over them is that of A over pi, a fair estimate while the ratio is near 1. So the clip stops
+    pushing a token that moved by epsilon in A's direction. The min still pushes one that moved against it."""
     A = advantages[:, None]                                                                       # (K, 1)
     # ratio = pi / pi_old
     ratio = (per_token_logps - old_per_token_logps).exp()                                         # (K, C)
     # -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A)
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))   # (K, C)
     per_token_loss = -torch.min(ratio * A, clipped * A)                                           # (K, C)
-    # kl = pi_ref / pi - log(pi_ref / pi) - 1, called k3; never negative, as exp(x) >= x + 1. Over tokens from
-    # pi the mean of its value is KL(pi || pi_ref), and the mean of its gradient is that of KL(pi_ref || pi)
+    # kl = pi_ref / pi - log(pi_ref / pi) - 1, called k3, never negative. Over tokens of pi its value averages
+    # KL(pi || pi_ref), its gradient that of KL(pi_ref || pi): autograd is blind to the sampling's part of pi
     kl = torch.zeros_like(ratio)
     if beta > 0:
         log_ref_over_pi = ref_per_token_logps - per_token_logps                                   # (K, C)
@@ -422,13 +422,13 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
         for indices, group, ids, mask in chunks(prompts, rollout, cfg):
             C = ids.shape[1]
             leaf_kv = [leaf.to(x.dtype) for leaf, x in zip(leaves, prompt_kv)]  # freed with the chunk's graph
-            pi, entropy = policy(score, prompts, leaf_kv, group, ids, mask, cfg)                  # (K, C)
-            pi_old = pi.detach() if old_logps is None else old_logps[indices, :C]                 # (K, C)
-            pi_ref = ref_logps[indices, :C] if cfg.beta > 0 else None                             # (K, C)
-            loss, kl, is_clipped = grpo_loss(pi, pi_old, pi_ref, advantages[indices], token_weights[indices],
+            new, entropy = policy(score, prompts, leaf_kv, group, ids, mask, cfg)                 # (K, C)
+            old = new.detach() if old_logps is None else old_logps[indices, :C]                   # (K, C)
+            ref = ref_logps[indices, :C] if cfg.beta > 0 else None                                # (K, C)
+            loss, kl, is_clipped = grpo_loss(new, old, ref, advantages[indices], token_weights[indices],
                                              mask, cfg.epsilon, cfg.epsilon_high, cfg.beta)
             loss.backward()                                                                       # stage 1
-            logps[indices, :C] = pi.detach()
+            logps[indices, :C] = new.detach()
             found = dict(loss=loss, entropy=entropy, kl=kl * mask, clip_ratio=is_clipped * mask)
             sums = {name: sums[name] + found[name].sum().item() for name in sums}
         if prompt_kv[0].requires_grad:  # with --freeze llm, prompts without an image have nothing to train

@@ -1589,12 +1589,12 @@ BROKEN_MODELS = {
     "sliding": (lambda folder, config: config.update(use_sliding_window=True, sliding_window=9), "sliding window"),
     "adapter": (damaged("adapter_config.json", "{}"), "adapter Merge"),
     "less": (lambda folder, config: edit_weights(folder, lambda weights: weights.pop("visual.patch_embed.proj.weight")),
-             "do not fit patch_embed"),
-    "fewer-layers": (lambda folder, config: config.update(num_hidden_layers=2), "do not fit layers.2"),
-    "more-layers": (lambda folder, config: config.update(num_hidden_layers=4), "do not fit layers.3"),
+             "disagree patch_embed"),
+    "fewer-layers": (lambda folder, config: config.update(num_hidden_layers=2), "disagree layers.2"),
+    "more-layers": (lambda folder, config: config.update(num_hidden_layers=4), "disagree layers.3"),
     "wider": (lambda folder, config: config.update(intermediate_size=96), "cannot load"),
     "no-vision-token": (lambda folder, config: (folder / "tokenizer.json").write_text(
-        (folder / "tokenizer.json").read_text().replace("<|image_pad|>", "<|image_pid|>")), "do not fit image_pad")}
+        (folder / "tokenizer.json").read_text().replace("<|image_pad|>", "<|image_pid|>")), "disagree image_pad")}
 
 
 @pytest.mark.parametrize("kind", BROKEN_MODELS)
