@@ -450,17 +450,17 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</t
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 66rem; margin: 1rem auto; padding: 0 .7rem }}
-h2 {{ border-bottom: 1px solid #ccc; margin-top: 2.5rem }}
-td, th {{ padding: .25rem .4rem; text-align: right; vertical-align: top }}
+h2 {{ margin-top: 2.5rem }} td, th {{ padding: .25rem .4rem; text-align: right; vertical-align: top }}
 td:first-child, th:first-child {{ text-align: left; overflow-wrap: anywhere }}
 pre, td.text {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace }}
-.question {{ display: flex; flex-wrap: wrap; gap: .7rem; margin-top: 1.2rem }}
+.question {{ display: flex; flex-wrap: wrap; align-items: start; gap: .7rem; margin-top: 1.2rem }}
 .question div {{ flex: 1 1 16rem; min-width: 0 }} img {{ max-width: min(14rem, 100%); max-height: 14rem }}
-tr.up {{ border-left: 4px solid #2a9d3a }} tr.down {{ border-left: 4px solid #d0402b }}
+tr.up {{ border-left: 4px solid #2a9d3a }} tr.down {{ border-left: 4px solid #d0402b }} .most {{ outline: 1px solid }}
 table {{ border-collapse: collapse }} .right {{ background: #d9f2d9 }} .wrong {{ background: #fbe0dd }}
-.token {{ position: relative }} .most {{ outline: 1px solid }}
-.token:hover::after, .token:focus::after {{ content: attr(data-p); position: absolute; left: 0; top: 1.5em;
-z-index: 1; background: #222; color: #fff; padding: 0 .4em; white-space: pre }}
+@media (max-width: 40rem) {{ table, tbody {{ display: block }} td:first-child, th:first-child {{ grid-column: 1 / -1 }}
+tr {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(4rem, 1fr)) }} }}
+.token {{ position: relative }} .token:hover::after, .token:focus::after {{ content: attr(data-p);
+position: absolute; left: 0; top: 1.5em; z-index: 1; background: #222; color: #fff; padding: 0 .4em; white-space: pre }}
 </style>
 <h1>{title}</h1>
 {body}</html>"""
@@ -515,7 +515,7 @@ def write_report(folder, title, records, questions, most=25):
     scores = {name: score._asdict() for name, score in scores_of(records).items()}
     write_text(folder / "summary.json", json.dumps({"scores": scores, "rates": rates_of(records)}, indent=1))
     tables = "\n".join(map(markdown_table, tables_of(records)))
-    body = [f"<pre>{html.escape(tables)}</pre>"]
+    body = [f'<pre style="white-space: pre; overflow-x: auto">{html.escape(tables)}</pre>']
     asked = {q["id"]: q for q in questions}
     wrong = [r for r in records if not r["right"] and r["id"] in asked]
     for task in dict.fromkeys(r["task"] for r in wrong):
@@ -680,7 +680,7 @@ def completion_html(c, largest):
         kind = "token most" if abs(change) == max(map(abs, changes)) else "token"
         shown = "\n".join(f"{x}: {exp(c[x][i]):.3f}" for x in ("before", "after", "reference") if x in c)
         spans.append(f'<span class="{kind}" tabindex="0" data-p="{shown}" style="background: rgba({colour}, '
-                     f'{0.8 * abs(change) / largest:.2f})">{html.escape(text)}</span>')
+                     f'{0.8 * abs(change) / largest:.2f})">{html.escape(text)}</span>'.replace("\n</", "↵\n</"))
     sign = "up" if c["advantage"] > 0 else "down" if c["advantage"] < 0 else "zero"
     numbers = [f"{c[key]:g}" for key in c if key.startswith("rewards/")] + [str(c["length"]), f"{c['advantage']:+.2f}"]
     cells = "".join(f"<td>{number}</td>" for number in numbers)
