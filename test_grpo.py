@@ -9,6 +9,7 @@ import ast
 import copy
 import doctest
 import html
+import importlib
 import io
 import itertools
 import json
@@ -27,24 +28,21 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from unittest.mock import Mock
+from unittest.mock import Mock, create_autospec
 
 SCRATCH = tempfile.TemporaryDirectory()  # set before the imports below, which read these:
 os.environ.update(HF_HUB_OFFLINE="1", HF_HOME=SCRATCH.name, CUDA_VISIBLE_DEVICES="", ACCELERATE_USE_CPU="1")
 
-import accelerate
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 from filelock import FileLock
-from accelerate.utils import LoggerType
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
-from transformers.cache_utils import Cache
 
 import eval_cvbench
 import grpo_vision as g
@@ -159,23 +157,22 @@ class World:
         rows = zip(rollout.completion_ids, rollout.completion_mask)
         return [(i, i // G, ids[mask]) for i, (ids, mask) in enumerate(rows)]
 
-    def inputs(self, model, group, completion=()):
+    def inputs(self, model, prompt, completion=()):
         """Arguments for transformers' own forward and generate: prompt and completion in one sequence."""
-        prompt = self.each[group]
         model.model.rope_deltas = None  # left over from the last call
         ids = torch.cat([prompt.input_ids, torch.as_tensor(completion, dtype=torch.long)[None]], 1)
         types = (ids == self.model.config.image_token_id).int()
         pixels = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
-        return dict(input_ids=ids, mm_token_type_ids=types, **pixels if self.images[group] else {})
+        return dict(input_ids=ids, mm_token_type_ids=types, **pixels if prompt.pixel_values is not None else {})
 
-    def logits(self, model, group, completion):
+    def logits(self, model, prompt, completion):
         """The usual way: one row, one sequence, transformers' forward -> (C, V), before each token."""
-        logits = model(**self.inputs(model, group, completion)).logits
-        return logits[0, self.each[group].input_ids.shape[1] - 1:-1]
+        logits = model(**self.inputs(model, prompt, completion)).logits
+        return logits[0, prompt.input_ids.shape[1] - 1:-1]
 
-    def alone(self, model, group, completion, temperature=1.0):
-        logits = self.logits(model, group, completion) / temperature
-        return logits.masked_fill(self.model.suppressed, -1e300).log_softmax(-1)
+    def alone(self, model, prompt, completion, temperature=1.0):
+        logits = self.logits(model, prompt, completion) / temperature
+        return logits.masked_fill(self.model.suppressed, -1e30).log_softmax(-1)
 
     def reference_logps(self, passes, rollout=None, **settings):
         cfg = g.Config(**{"num_generations": G, "score_tokens": 30, **settings})
@@ -290,7 +287,6 @@ def train(small_run):
     """train(output_dir, *flags): the small run; flags override."""
     def run(output_dir, *more, main=g.main):
         main([*small_run, "--output_dir", str(output_dir), *map(str, more)])
-    run.flags = small_run
     return run
 
 
@@ -301,13 +297,6 @@ def jsonl(path, drop="seconds/"):
 
 def weights_of(folder):
     return load_file(Path(folder) / "model.safetensors")
-
-
-def edit_weights(folder, edit):
-    """edit(weights by name) changes the weights that lie in a folder."""
-    weights = weights_of(folder)
-    edit(weights)
-    save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
 
 
 def same_weights(one, other):
@@ -350,7 +339,7 @@ def test_docstring_examples():
 
 @pytest.mark.parametrize("images, start", [
     (0, ""), (1, g.IMAGE_TOKENS), (2, f"Picture 1: {g.IMAGE_TOKENS}Picture 2: {g.IMAGE_TOKENS}")])
-def test_a_row_becomes_the_papers_question_with_its_images_first(images, start, worlds):
+def test_a_row_becomes_the_papers_question_with_its_images_first_when_trained_and_when_served(images, start, worlds):
     options = ["no, it would stay the same", "2", "3"]
     row = dict(question="Where {is} it?", options=options, images=[None] * images)
     question = ("Answer in natural language. Where {is} it? Choose between the following options: "
@@ -359,9 +348,16 @@ def test_a_row_becomes_the_papers_question_with_its_images_first(images, start, 
     assert g.render(row, "instruct", worlds["qwen3_vl"].tokenizer) == (
         f"<|im_start|>user\n{start}{question}  Output the thinking process in <think> </think> and final "
         "answer (option) in <answer> </answer> tags.<|im_end|>\n<|im_start|>assistant\n")
+    tokenizer = copy.deepcopy(worlds["qwen2_vl"].tokenizer)
+    tokenizer.chat_template = g.SERVED_PROMPT
+    parts = [{"type": "image"}] * images + [{"type": "text", "text": question}]
+    for content in [parts] + [question] * (images == 0):
+        asked = tokenizer.apply_chat_template([dict(role="user", content=content)], tokenize=False,
+                                              add_generation_prompt=True)
+        assert asked == g.render(row, "base", None)
 
 
-def test_the_chat_template_chooses_the_prompt(world):
+def test_the_chat_template_chooses_the_prompt(world, tmp_path):
     tokenizer = copy.deepcopy(world.tokenizer)
     for template, chosen in [(ROLES, "instruct"), (None, "base"), (make.BASE_CHAT_TEMPLATE, "base"),
                              (g.SERVED_PROMPT, "base")]:  # the last is what saved base models have
@@ -370,22 +366,41 @@ def test_the_chat_template_chooses_the_prompt(world):
         assert g.choose_prompt(tokenizer, f"{chosen}-direct") == f"{chosen}-direct"
     with stops("--prompt instruct-direct", "roles"):
         g.choose_prompt(tokenizer, "instruct-direct")
+    folder = shutil.copytree(world.folder, tmp_path / "model")  # a template in a file of its own
+    (folder / "chat_template.jinja").unlink()
+    (folder / "chat_template.json").write_text(json.dumps(dict(chat_template=ROLES)))
+    assert g.choose_prompt(g.load_processors(folder)[0]) == "instruct"
+
+
+def fitting(path, world, limit=1024, processes=1):
+    """-> the rows of a training file whose prompts fit, as a run of so many processes reads them."""
+    run = SimpleNamespace(cfg=SimpleNamespace(max_prompt_length=limit), template="base", **vars(world), accelerator=(
+        SimpleNamespace(num_processes=processes, print=print)))
+    return g.read_rows(run, path)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_prompts_have_a_pad_for_each_image_token_and_m_rope_positions(family, worlds):
+def test_a_prompt_has_a_pad_for_each_image_token_m_rope_positions_and_its_true_length(family, worlds, tmp_path):
     world = worlds[family]
     side = 2 * world.image_processor.patch_size  # of one image token, in pixels
     sizes = [[(2, 3)], [], [(3, 5), (4, 2)]]     # in tokens, width and height
-    texts = [g.IMAGE_TOKENS * len(some) + "Which one?" for some in sizes]
     images = [[picture(side * w, side * h) for w, h in some] for some in sizes]
+    rows = [dict(question="Which?", options=["a"], images=some) for some in images]
+    texts = [g.render(row, "base", None) for row in rows]
     found = g.build_prompts(texts, images, world.tokenizer, world.image_processor, world.model)
     start, pad, end = world.tokenizer(g.IMAGE_TOKENS).input_ids
-    words = world.tokenizer("Which one?").input_ids
-    for i, some in enumerate(sizes):
-        expected = [x for w, h in some for x in [start, *[pad] * (w * h), end]] + words
-        assert found.input_ids[i, :found.lengths[i]].tolist() == expected
-        assert found.next_position[i] == sum(2 + max(size) for size in some) + len(words)
+    ids_of = lambda text: world.tokenizer(text).input_ids
+    for i, (some, text) in enumerate(zip(sizes, texts)):
+        *before, words = text.split(g.IMAGE_TOKENS)  # before: "Picture 1: "
+        expected = [x for (w, h), name in zip(some, before) for x in [*ids_of(name), start, *[pad] * (w * h), end]]
+        assert found.input_ids[i, :found.lengths[i]].tolist() == expected + ids_of(words)
+        assert found.next_position[i] == found.lengths[i] - sum(w * h - max(w, h) for w, h in some)
+    lengths = found.lengths.tolist()
+    stored = [[dict(bytes=encoded(image), path=None) for image in some] for some in images]
+    write_rows(tmp_path / "train.parquet", *(dict(options=["a"], answer="a", images=some) for some in stored))
+    for limit in [*lengths, max(lengths) - 1, sorted(lengths)[1] - 1]:
+        kept = [row["row"] for row in fitting(tmp_path / "train.parquet", world, limit)]
+        assert kept == [i for i, length in enumerate(lengths) if length <= limit]
 
 
 # ---- Step 3: the rewards, and the grading of evaluation --------------------------------------------------
@@ -394,16 +409,12 @@ OPTIONS = ["right", "left", "no, it would stay the same", "15", "no"]
 THINK, ANSWER = "<think> hm </think>", "<answer> left </answer>"
 # (is it well formed, is it right, where left is right) -> completions
 COMPLETIONS = {
-    (1, 1): [f"{THINK} {ANSWER}", "<think></think><answer>(B)</answer>",
-             "<think>\nhm\n\nhm\n</think>\n<answer>\nleft\n</answer>\n"],
-    (1, 0): [f"{THINK} <answer> right </answer>", f"{THINK} <answer> ... </answer>",
-             "<think> reasoning process here </think> <answer> answer here </answer>"],
+    (1, 1): [f"{THINK} {ANSWER}", "<think></think><answer>(B)</answer>", f"{THINK}\n<answer>\nleft\n</answer>\n"],
+    (1, 0): [f"{THINK} <answer> right </answer>", f"{THINK} <answer> ... </answer>"],
     (0, 0): [f"{THINK} {ANSWER} {ANSWER}", f"{THINK} <answer> {ANSWER}", f"{THINK} <answer> left",
-             f"{THINK} <Answer> left </Answer>", f"{THINK} <answer> </answer>", "<think> hm left </answer>",
-             f"{THINK} left", ""],
+             f"{THINK} <Answer> left </Answer>", f"{THINK} <answer> </answer>", "<think> hm left </answer>", ""],
     (0, 1): [ANSWER, f"{THINK} {THINK} {ANSWER}", f"<think> {THINK} {ANSWER}", f"{ANSWER} {THINK}",
-             f"<think> hm {ANSWER} </think>", f"So {THINK} {ANSWER}", f"{THINK} So {ANSWER}",
-             f"{THINK} {ANSWER} So."]}
+             f"<think> hm {ANSWER} </think>", f"So {THINK} {ANSWER}", f"{THINK} So {ANSWER}", f"{THINK} {ANSWER} So."]}
 
 
 def test_rewards_of_completions():
@@ -418,87 +429,55 @@ def test_rewards_of_completions():
 # options -> {the one that a reply chooses in evaluation, or none: replies}
 ANSWERS = {
     "2/3/4": {
-        "4": ["(C)", "c)", "C,", "[C]", "{C}", "<b>C</b>", "4", "4.0", "four", "Answer: C",
-              "The left one has 4.", "<answer>2</answer> wait <answer>4</answer>",
-              "<think> not 2, not 3 </think> <answer>(C)", "C.", "<answer>I see 4 of them, so (C)</answer>",
-              "The answer is C, as I counted them.", "\\boxed{C}", "(A) 2? No. The answer is (C) 4.",
-              "The correct choice is C", "There are four chairs.", "**C**", "<answer>four</answer>",
-              "The answer is (C)", "Answer: **C**", "C) 4", "2 + 2 = 4", "【C】", "（C）4",
-              "<think> not 2, not 3, so 4 </think>", "Two left, two right, so four.",
-              "(A) 2\n(B) 3\n(C) 4\n\nC", "2 on the left, 2 on the right. The total is: 4",
-              "I count 4, not 3.", "It's not 2 or 3, it's 4.", "The correct answer is:\n\n(C) 4",
-              "C\nThere are 2 near the door.", "4 (2 brown, 2 black)", "4!"],
-        "3": ["Option B", "b. 3", "(B): three", "Three of the chairs are red.", "\\boxed{\\text{B}}", "$3$",
-              "(A) and (C) are wrong.\n\n**B**", "I see (A) and (C) as too few and too many, **B** fits."],
+        "4": ["(C)", "c)", "<b>C</b>", "4.0", "four", "Answer: C", "<answer>2</answer> wait <answer>4</answer>",
+              "<think> not 2, not 3 </think> <answer>(C)", "The answer is C, as I counted them.", "\\boxed{C}",
+              "(A) 2? No. The answer is (C) 4.", "There are four chairs.", "**C**", "Answer: **C**", "2 + 2 = 4",
+              "【C】", "（C）4", "Two left, two right, so four.", "(A) 2\n(B) 3\n(C) 4\n\nC", "I count 4, not 3.",
+              "2 on the left, 2 on the right. The total is: 4", "4 (2 brown, 2 black)", "The left one has 4."],
+        "3": ["Option B", "b. 3", "\\boxed{\\text{B}}", "$3$", "(A) and (C) are wrong.\n\n**B**"],
         "2": ["<think> there are 2 on the left and", "(A) 2\n(B) 3\n(C) 4\nThere are 2.", "Answer: A. 2"],
-        "": ["The answer is a matter of taste.", "There are 14 chairs, or 4.5.", "There are 5 chairs.", "",
-             "...", "(A) or (C)", "The answer is (A) or (C).", "(D)", "(D), or 4", "**A** or **C**",
-             "[A] or [C]", "-3", "I cannot see the image.", "<answer>E</answer>", "<answer></answer>",
-             "<answer>...</answer>", "3%", "<answer>()</answer>", "(C) 3",
-             "<think> there are 2 on the left and 2 or 3", "3,000", "3.5", "13", "3/4", ".3", "3rd", "2-3",
-             "twenty-three", "three hundred", "three-legged", "more than 3", "3 or 5", "(A) 2\n(B) 3\n(C) 4",
-             "(A, C)", "2, 3, 4", "B. 4", "Answer: (C) 2", "3, maybe 4", "4? 3?", "Is it 3.5?"]},
+        "": ["The answer is a matter of taste.", "There are 14 chairs, or 4.5.", "", "...", "(A) or (C)", "(D)",
+             "The answer is (A) or (C).", "**A** or **C**", "-3", "<answer></answer>", "3%", "(C) 3", "3/4", ".3",
+             "2-3", "twenty-three", "three hundred", "three-legged", "more than 3", "3 or 5",
+             "(A) 2\n(B) 3\n(C) 4", "3, maybe 4", "4? 3?", "Answer: (C) 2"]},
     "right/left": {
-        "left": ["So it is left.", "It is a thing on the left", "(b) left", "(A) is wrong, so (B)",
-                 "On the left.", "(B) The lamp stands to the left of the table, not to the right.",
-                 "It’s left, it isn’t right.", "(B), because what is on the right is the table",
-                 "It is not right, it is left", "left-hand side", "It can't be right, so it must be left.",
-                 "left (not right)", "B, not A", "Not right but left.", "left instead of right",
-                 "Option A is incorrect. Option B is correct.", "**B** is correct",
-                 "The right answer is left.", "Right? No, left.", "I'd choose (B).", "Therefore, B",
-                 "B: left", "Answer: A ... wait ... the final answer is B", "Final Answer: left",
-                 "Left. The table is right.", "B\n\nThe lamp is on the left. It is not on the right.",
-                 "The table is on the right.\n\n(B)", "(A) right\n(B) left\nThe answer is B",
-                 "(A) right (B) left\nIt stands left.", "b", "Answer: b", "Is it left or right? It is left.",
-                 "Since right is taken, the answer is left.", "# Answer\nB",
-                 "The lamp is on the **left** of the table, which is on its right."],
-        "": ["Either left or right.", "It is leftmost", "(b) right", "(A) or (B), I cannot say which",
-             "B or A", "<answer>left or right</answer>", "<answer>le ft</answer>", "It is not left.",
-             "It can't be left", "It isn't (B)", "Option B is incorrect", "left or right",
-             "maybe left, maybe right", "neither", "C", "I cannot say whether left or right",
-             "The answer is not B.", "left/right", "both left and right", "I don't think it is left.",
+        "left": ["So it is left.", "(b) left", "(A) is wrong, so (B)", "It’s left, it isn’t right.", "B, not A",
+                 "(B), because what is on the right is the table", "left-hand side", "left (not right)", "b",
+                 "Not right but left.", "left instead of right", "**B** is correct", "The right answer is left.",
+                 "Right? No, left.", "I'd choose (B).", "Left. The table is right.", "# Answer\nB",
+                 "Answer: A ... wait ... the final answer is B", "(A) right (B) left\nIt stands left.",
+                 "Since right is taken, the answer is left.", "The table is on the right.\n\n(B)"],
+        "": ["Either left or right.", "It is leftmost", "(b) right", "B or A", "<answer>le ft</answer>",
+             "It is not left.", "It isn't (B)", "Option B is incorrect", "C", "The answer is not B.",
              "left and right", "We can rule out B.", "It might be left.", "Is it left?",
-             "There is no lamp on the left.", "left, possibly right", "It is neither left nor right.",
-             "Not (B)."]},
+             "There is no lamp on the left.", "left, possibly right", "Not (B)."]},
     "cat/dog": {
-        "cat": ["The answer is (A) cat. The dog is farther.", "A cat.", "The cat, not the dog.",
-                "A because of size", "The cat is closer than the dog.",
-                "The cat is closer, while the dog is farther.", "A is correct",
-                "Both the cat and the dog can be seen, but the cat is closer.", "Point A is closer.",
-                "The cat is closer to the camera. The dog is behind it.", "I choose A. The dog is too far.",
-                "Cat - the dog is far", "The cat (left of the dog)", "Dog. Wait, cat."],
-        "dog": ["A dog.", "It's a dog.", "The answer is a dog.", "A cat? No, a dog.",
-                "The cat is far, so the dog."],
-        "": ["A dog or a cat", "cats", "hotdog", "A matter of taste", "The cat and the dog", "A lamp",
-             "B. cat", "The cat is left. The dog is right.", "- **A. cat**: far\n- **B. dog**: near"]},
+        "cat": ["The answer is (A) cat. The dog is farther.", "A cat.", "A because of size", "Point A is closer.",
+                "The cat is closer, while the dog is farther.", "Cat - the dog is far", "Dog. Wait, cat."],
+        "dog": ["The answer is a dog.", "A cat? No, a dog.", "The cat is far, so the dog."],
+        "": ["A dog or a cat", "cats", "hotdog", "A matter of taste", "The cat and the dog", "B. cat",
+             "- **A. cat**: far\n- **B. dog**: near"]},
     "no, it would stay the same/no/yes": {
-        "no, it would stay the same": ["No, it would stay the same.", "I think no, it would stay the same",
-                                       "A"],
-        "no": ["no", "No.", "No, it is not.", "The answer is no.", "(B) No, the lamp is not there."],
-        "yes": ["Yes, it would not stay the same.", "Yes.\nNo lamp is on the right."],
-        "": ["(A) no", "yes or no"]},
+        "no, it would stay the same": ["I think no, it would stay the same", "A"], "no": ["no", "The answer is no."],
+        "yes": ["Yes, it would not stay the same.", "Yes.\nNo lamp is on the right."], "": ["(A) no", "yes or no"]},
     "moving/not moving/cannot tell/neither": {
-        "moving": ["It is moving."], "not moving": ["It is not moving.", "B", "not moving"],
-        "cannot tell": ["I cannot tell."], "neither": ["Neither.", "The answer is neither", "D"],
-        "": ["moving or not moving"]},
-    # an option's text goes before a letter
-    "x/A/B": {"x": ["x", "(A)"], "A": ["A", "A."], "B": ["B", "The answer is B", "(C)"]},
-    "car/bus/truck/van/bicycle/cow": {
-        "truck": ["C", "It is not the car, the bus or the van, it's the truck.",
-                  "A, B and D are wrong, so C."], "cow": ["F", "(F) cow", "The cow."],
-        "": ["A, C", "car or truck", "cowboy", "G", "Not C.", "a car, a van"]},
-    "(/\\/[a-z": {"\\": ["\\", "It is \\ there."], "(": ["("],
-                   "": ["It is ( or \\", "²", "\0", "é" * 500]}}
+        "moving": ["It is moving."], "not moving": ["It is not moving."], "cannot tell": ["I cannot tell."],
+        "neither": ["The answer is neither", "D"], "": ["moving or not moving"]},
+    "x/A/B": {"x": ["x", "(A)"], "A": ["A."], "B": ["The answer is B", "(C)"]},  # an option's text goes before
+    "car/bus/truck/van": {
+        "truck": ["It is not the car, the bus or the van, it's the truck.", "A, B and D are wrong, so C."],
+        "": ["A, C", "vans", "E", "a car, a van"]},
+    "(/\\/[a-z": {"\\": ["It is \\ there."], "(": ["("], "": ["It is ( or \\", "²", "\0", "é" * 500]}}
 ANSWERS_IN_TRAINING = {"2/3/4": {"4": ["<answer>(C)</answer>", "<answer> c. </answer>", "<answer>4</answer>",
                                        "<answer>Final Answer: C</answer>"]},
                        "right/left": {"left": ["<answer>Left.</answer>"]}}
 # a free answer -> replies that are right, and replies that are not
 FREE_ANSWERS = {
-    "yes": (["Yes, it is.", "**Yes**", "YES.", "The answer is yes."], ["No, it is not.", "yes or no", "A"]),
-    "a red ball": (["red ball", "The red ball.", "The answer is a red ball."], ["not a red ball", "red"]),
+    "yes": (["Yes, it is.", "**Yes**", "The answer is yes."], ["No, it is not.", "yes or no", "A"]),
+    "a red ball": (["red ball", "The answer is a red ball."], ["not a red ball", "red"]), "1000": (["1e3"], ["1e4"]),
     "3": (["three", "3.0", "It is 3, not 4.", "x = 3", "\\boxed{3}", "<think> 4 </think> <answer>3</answer>"],
-          ["It is not 3.", "-3", "3/4", "3,000", "13", "3 or 4", "4 or 3", "<answer>4</answer> 3", "3?"]),
-    "1000": (["1e3", "1,000"], ["1e4"]), "20": (["Twenty."], ["twenty-one"]), "0.5": (["1/2"], ["not 0.5"])}
+          ["It is not 3.", "-3", "3/4", "3,000", "3 or 4", "4 or 3", "<answer>4</answer> 3", "3?"]),
+    "20": (["Twenty."], ["twenty-one"]), "0.5": (["1/2"], ["not 0.5"])}
 
 
 def test_the_table_of_answers():
@@ -515,39 +494,32 @@ def test_the_table_of_answers():
                 assert right == [expected] * bool(expected), reply
             right = [name for name in options if eval_cvbench.is_right(text, options, name, strict=True)]
             assert right == [expected] * in_training, text
-    assert n > 220
-    assert g.choose("B", ["x", "A", "B"]) == "B" and g.choose("A", ["x", "y"]) == "x"  # text before letter
-
-
-def test_the_table_of_free_answers():
+    assert n >= 120
     for answer, replies in FREE_ANSWERS.items():
         for right, text in ((not wrong, text) for wrong, texts in enumerate(replies) for text in texts):
             assert eval_cvbench.is_right(text, [], answer) == right, (answer, text)
+    assert g.choose("B", ["x", "A", "B"]) == "B" and g.choose("A", ["x", "y"]) == "x"  # text before letter
 
 
 # solution = answer block or text; where "!=" stands they are not equal
 MATHEMATICS = """
-140° = $140^\\circ$ ; $140^\\circ$ = 140° ; 140 = 140 degrees ; 140° != 141° ; 0.75 = 3/4 ; 5 = x=5 ; x=5 = 5
-\\frac{3}{4} = 0.75 ; \\frac{3}{4} != \\frac{4}{3} ; 2\\sqrt{3} = $2\\sqrt{3}$ ; 2\\sqrt{3} = \\sqrt{12}
-2 \\sqrt { 221 } = 2\\sqrt{221} ; 2\\sqrt{3} = 2√3 ; 2\\sqrt{3} != 3.46 ; 10 = 10 cm ; 10 != 12 cm
-10 cm = 10 ; 10\\text{ cm} = 10 cm ; 50% = 50\\% ; 50 = 50% ; 0.5 = 50% ; 1,000 = 1000 ; 1000 = 1,000
-5 != ; 5 != ... ; 5 != 3, 4 or 5 ; 12\\pi = 12π ; 12\\pi != 37.7 ; (1,2) = (1, 2) ; (1,2) != (2, 1) ; -3 != 3
-1000 != 1,001 ; 5 != x = 6 ; 5 = Final Answer:5 ; 5 = Final Answer: \\boxed{5} ; y=2x+1 = y = 1 + 2x
-24.5 = 24.50 ; 5 != \\frac{\\frac{\\frac{ ; 5 != 5 </answer> <answer> 6 ; 25 = 5² ; 5² != 5 ; −3 = -3
-C = (C) ; C = C. 140 ; C = c) ; C = Option C ; (C) = C ; C != D. 140 ; C != (C) or (D) ; C != Cat ; C != 3
-240π = 240πcm^{2} ; 240πcm^{2} = 240π ; 9πcm^{2} = 9pi ; 9pi = 9 π cm² ; 240πcm^{2} != 240 ; 12 != 12π
-12π != 12 ; 5 != 5x ; 5 != 5! ; 3 = 3 chairs ; 3 chairs = 3 ; 240 = 240cm^2 ; 9.8 = 9.8 m/s^{2} ; 20°C = 20
-2x^2 != 2x ; 2 sin x != 2 ; 12\\sqrt{3} = 12√3 cm ; 2×3 = 6"""
+140° = $140^\\circ$ ; 140 = 140 degrees ; 140° != 141° ; 0.75 = 3/4 ; 5 = x=5 ; x=5 = 5 ; \\frac{3}{4} = 0.75
+\\frac{3}{4} != \\frac{4}{3} ; 2\\sqrt{3} = \\sqrt{12} ; 2 \\sqrt { 221 } = 2\\sqrt{221} ; 2\\sqrt{3} = 2√3
+10 = 10 cm ; 10 != 12 cm ; 10\\text{ cm} = 10 cm ; 50% = 50\\% ; 0.5 = 50% ; 1,000 = 1000 ; 1000 != 1,001 ; 5 !=
+5 != 3, 4 or 5 ; 12\\pi = 12π ; 12\\pi != 37.7 ; (1,2) = (1, 2) ; (1,2) != (2, 1) ; -3 != 3 ; −3 = -3 ; 5 != x = 6
+5 = Final Answer: \\boxed{5} ; y=2x+1 = y = 1 + 2x ; 5 != \\frac{\\frac{\\frac{ ; 5 != 5 </answer> <answer> 6
+25 = 5² ; C = (C) ; C = C. 140 ; C = Option C ; (C) = C ; C != D. 140 ; C != (C) or (D) ; C != Cat ; C != 3
+240π = 240πcm^{2} ; 9π = 9 π cm² ; 240πcm^{2} != 240 ; 5 != 5x ; 5 != 5! ; 3 = 3 chairs ; 9.8 = 9.8 m/s^{2}
+20°C = 20 ; 2x^2 != 2x ; 2 sin x != 2 ; 9π = 9pi"""
 
 
 def test_the_table_of_mathematics():
     cases = [case.strip() for case in MATHEMATICS.replace("\n", " ; ").split(" ; ") if case.strip()]
-    assert len(cases) == 69
+    assert len(cases) > 45
     for case in cases:
         solution, sign, answer = re.fullmatch(r"(.+?) (!?=)(?: (.*))?", case).groups()
-        for completion in "<think> 7, 8 </think> <answer> {} </answer>", "<answer>{}</answer>":
-            completion = completion.format(answer or "")
-            assert recipes.math_reward(completion, answer=solution, num_tokens=3) == (sign == "="), case
+        completion = f"<think> 7, 8 </think> <answer> {answer or ''} </answer>"
+        assert recipes.math_reward(completion, answer=solution, num_tokens=3) == (sign == "="), case
     assert recipes.math_reward("The sides are 3 and 4, so it is 5", answer="5") == 1  # no block: the whole text
     row = dict(answer=r"\frac{1}{2}", num_tokens=1)
     assert recipes.hard_reward("<think></think><answer>0.5</answer>", options=[], **row) == 1
@@ -573,19 +545,16 @@ def rewarded(names, texts, **more):
     return g.compute_rewards(g.Config(rewards=names, max_completion_length=9), rollout, [row], "base")
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e39, None, "good", "1", [1, 2], torch.ones(2)])
-def test_a_reward_must_be_a_finite_number(value, monkeypatch):
-    monkeypatch.setitem(g.REWARDS, "mine", lambda completion, **_: value)
-    with stops("reward mine", "finite"):
-        rewarded("accuracy,mine", ["a", "b"])
-
-
-def test_rewards_are_told_lengths_limits_and_the_data_row(monkeypatch):
+def test_rewards_are_told_lengths_limits_and_the_data_row_and_must_be_finite_numbers(monkeypatch):
     told = {}
     monkeypatch.setitem(g.REWARDS, "mine", lambda num_tokens, **more: told.update(more) or num_tokens)
     found = rewarded("accuracy,mine", ["a", "<answer>b</answer>"], kind="of row")
     assert {name: values.tolist() for name, values in found.items()} == {"accuracy": [0, 1], "mine": [7, 8]}
     assert (told["max_completion_length"], told["kind"], told["template"]) == (9, "of row", "base")
+    for value in math.nan, math.inf, 1e39, None, "1", [1, 2], torch.ones(2):
+        monkeypatch.setitem(g.REWARDS, "mine", lambda completion, **_: value)
+        with stops("reward mine", "finite"):
+            rewarded("accuracy,mine", ["a", "b"])
 
 
 # ---- Step 4: the advantages ------------------------------------------------------------------------------
@@ -602,17 +571,6 @@ def test_group_advantages_by_hand():
 
 # ---- Steps 2 and 5: encode once, branch G times ----------------------------------------------------------
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_image_tower_is_transformers_own_without_its_convolution(family, worlds, monkeypatch):
-    world, convolve = worlds[family], Mock(wraps=torch.nn.functional.conv3d)
-    monkeypatch.setattr(torch.nn.functional, "conv3d", convolve)
-    pixels = world.image_processor([picture(320, 320, seed=i) for i in range(4)], return_tensors="pt")
-    with torch.no_grad():
-        ours, theirs = (torch.cat(model.model.get_image_features(**pixels).pooler_output)
-                        for model in (world.model, world.stock))
-    assert (ours - theirs).abs().max() < 1e-10 and convolve.call_count == 1
-
-
 def test_suppressed_are_special_tokens_but_the_end_tokens_and_unused_rows(world):
     tokenizer, expected = world.tokenizer, torch.zeros_like(world.model.suppressed)
     special = [name for name in make.SPECIALS if name not in ("<|endoftext|>", "<|im_end|>")]
@@ -624,50 +582,8 @@ def test_suppressed_are_special_tokens_but_the_end_tokens_and_unused_rows(world)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_score_equals_full_sequences_of_the_stock_model(family, worlds):
-    world, one_pass, rollout = worlds[family], worlds[family].pass_, worlds[family].rollout
-    cfg = g.Config(num_generations=G, score_tokens=30, temperature=0.7)
-    groups = [group.unique().numel() for _, group, _, _ in g.chunks(one_pass, rollout, cfg)]
-    assert max(groups) > 1 and len(groups) > 1  # rows of several groups in one chunk
-    # two controls: positions that go on at P; a prompt's padding is seen
-    shifted = changed(one_pass, next_position=one_pass.lengths)
-    padded = changed(one_pass, lengths=torch.full_like(one_pass.lengths, one_pass.input_ids.shape[1]))
-    logps, split, shifted, padded = (world.reference_logps(passes, temperature=0.7) for passes in (
-        [one_pass], world.two_passes, [shifted], [padded]))
-    assert (logps[~rollout.completion_mask] == 0).all() and (logps - split).abs().max() < 1e-9
-    for i, group, ids in world.rows():
-        with torch.no_grad():
-            expected = world.alone(world.stock, group, ids, 0.7).gather(-1, ids[:, None])[:, 0]
-        error = lambda found: (found[i, :len(ids)] - expected).abs().max()
-        assert error(logps) < 1e-9
-        assert group == 3 or error(shifted) > 1e-3
-        assert group == one_pass.lengths.argmax() or error(padded) > 1e-3
-
-
-def test_completions_that_saw_one_another_would_be_found_out(world):
-    prompt, ids = world.each[0], world.rollout.completion_ids[:2]
-    inputs = torch.cat([prompt.input_ids[:, -1:].expand(2, 1), ids[:, :-1]], 1)
-    positions = (torch.arange(ids.shape[1]) + prompt.next_position - 1).expand(3, 1, -1)
-    right, length = world.reference_logps([world.pass_])[1], world.rollout.lengths[1]
-    with torch.no_grad():
-        kv = g.encode(world.model, prompt)
-        cache = Cache(layers=[g.DynamicLayer() for _ in kv[::2]])
-        for layer, keys, values in zip(cache.layers, kv[::2], kv[1::2]):
-            layer.update(keys, values)
-        for one in inputs:  # the second behind the first in one cache, but at the right positions
-            hidden = world.model.model(input_ids=one[None], position_ids=positions, past_key_values=cache)[0]
-        leaky = g.token_logps(world.model, hidden[0], 1.0).gather(-1, ids[1][:, None])[:, 0]
-    assert (leaky - right)[:length].abs().max() > 0.01
-
-
-def test_the_image_matters_and_runs_once_per_pass(world):
-    pixels, patches = world.pass_.pixel_values.clone(), len(world.each[0].pixel_values)
-    pixels[patches:patches + 20] = pixels[patches:patches + 20].flip(0)  # of prompt 1
-    other = changed(world.pass_, pixel_values=pixels)
-    one, two = (world.reference_logps([prompts]) for prompts in (world.pass_, other))
-    change = (one - two).abs().amax(1)
-    assert (change[3:6] > 1e-3).all() and (change[:3] == 0).all() and (change[6:] == 0).all()
+def test_the_image_tower_runs_once_per_pass_without_a_convolution(world, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "conv3d", lambda *_: 1 / 0)
     model, cfg = copy.deepcopy(world.model), g.Config(num_generations=G, score_tokens=9, beta=0.0)
     model.model.visual.forward = tower = Mock(wraps=model.model.visual.forward)
     policy, ones = g.Policy(model), torch.ones(12)
@@ -678,72 +594,45 @@ def test_the_image_matters_and_runs_once_per_pass(world):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_decoding_is_the_same_alone_and_in_transformers(family, worlds):
-    world, model = worlds[family], copy.copy(worlds[family].model)
-    model.eos_ids = [0]
-    free = g.sample(model, world.two_passes, 1, 12, 0).completion_ids
-    model.eos_ids = [int(free[0, 2]), int(free[3, 4])]
-    together = g.sample(model, world.two_passes, 1, 12, 0)
-    assert len(set(together.lengths.tolist())) > 1
-    suppressed = model.suppressed.nonzero()[:, 0].tolist()
-    for _, group, ids in world.rows(together, 1):
-        one = g.sample(model, [world.each[group]], 1, 12, 0)
-        assert ids.tolist() == one.completion_ids[0].tolist() and together.finished[group] == one.finished[0]
-        theirs = world.stock.generate(**world.inputs(world.stock, group), do_sample=False, max_new_tokens=12,
-                                      eos_token_id=model.eos_ids, suppress_tokens=suppressed)
-        assert ids.tolist() == theirs[0, world.each[group].input_ids.shape[1]:].tolist()
-
-
-def test_what_was_sampled_is_what_is_scored(world, monkeypatch):
+def test_what_is_sampled_is_what_is_scored_and_greedy_is_the_likeliest(family, worlds, monkeypatch):
+    world, sizes, forward = worlds[family], [], g.Decoder.forward
+    monkeypatch.setattr(g.Decoder, "forward", lambda self: sizes.append(len(self.indices)) or forward(self))
+    draw = lambda number, temperature=1.0: g.sample(world.model, [world.pass_], G, 9, temperature, seed(number))
     for temperature in 1.0, 1.7:
-        rollout = g.sample(world.model, [world.pass_], G, 9, temperature, seed(0))
+        rollout = draw(0, temperature)
         gap = lambda logps: ((rollout.sampling_logps - logps) * rollout.completion_mask).abs().max()
         score = lambda temperature: world.reference_logps([world.pass_], rollout, temperature=temperature)
         assert gap(score(temperature)) < 1e-9 and gap(score(1.3)) > 0.01
     for i, _, ids in world.rows():
         ended = [token in ENDS for token in ids.tolist()]
         assert not any(ended[:-1]) and ended[-1] == world.rollout.finished[i] and (ended[-1] or len(ids) == 9)
-        assert (world.rollout.completion_ids[i, len(ids):] == ENDS[0]).all()
-    sizes, forward = [], g.Decoder.forward
-    monkeypatch.setattr(g.Decoder, "forward", lambda self: sizes.append(len(self.indices)) or forward(self))
-    draw = lambda number: g.sample(world.model, [world.pass_], G, 9, 1.0, seed(number)).completion_ids
-    assert torch.equal(draw(3), world.rollout.completion_ids) and not torch.equal(draw(7), draw(3))
-    assert sizes[0] == 12 > sizes[-1]  # rows that have ended leave
+        assert (world.rollout.completion_ids[i, len(ids):] == ENDS[0]).all() and not world.model.suppressed[ids].any()
+    assert sizes[0] == 12 > min(sizes)  # rows that have ended leave
+    assert torch.equal(draw(3).completion_ids, world.rollout.completion_ids)
+    assert not torch.equal(draw(7).completion_ids, world.rollout.completion_ids)
     # the model's own generation_config, with its top_k of 1, is not heeded
     assert world.model.generation_config.top_k == 1 and len(world.rollout.completion_ids.unique(dim=0)) > 8
+    for _, group, ids in world.rows(g.sample(world.model, world.two_passes, 1, 12, 0), 1):
+        with torch.no_grad():
+            assert torch.equal(world.alone(world.stock, world.each[group], ids).argmax(-1), ids)
 
 
-def test_tokens_are_drawn_from_the_models_distribution(world):
-    model, N = copy.deepcopy(world.model), 6000
-    model.suppressed = torch.ones_like(model.suppressed)
-    model.suppressed[100:108] = False  # few tokens: a wrong kind of noise shows
-    drawn = g.sample(model, [world.each[0]], N, 1, 2.0, seed(0)).completion_ids
-    counts = torch.bincount(drawn[:, 0], minlength=len(model.suppressed))
-
-    def chi_square(temperature):
-        """How far the counts are from the distribution; it is above 24.3 by chance once in 1000 times."""
-        logits = world.logits(world.stock, 0, [0])[0, 100:108].detach()
-        expected = N * (logits / temperature).softmax(-1)
-        return ((counts[100:108] - expected) ** 2 / expected).sum()
-
-    assert counts[model.suppressed].sum() == 0
-    assert chi_square(2.0) < 24.3 and chi_square(1.0) > 100
-    model.model.language_model.norm.weight.data[3] = float("nan")
-    with stops("not finite"):
-        g.sample(model, [world.each[0]], 1, 3, 1.0)
-
-
-def test_a_draw_among_150000_unlikely_tokens_finds_each_of_them(monkeypatch):
+def test_a_draw_among_150000_unlikely_tokens_finds_each_of_them(world, monkeypatch):
     probabilities = torch.full((150_001,), 2.7e-8, dtype=torch.float64)  # less than float32 resolves beside 0.996
     probabilities[0] = 1 - probabilities[1:].sum()
     aimed = torch.randint(1, 150_000, (64,), generator=seed(0))
     middles = (probabilities.cumsum(0) - probabilities / 2)[aimed]
     decoder = SimpleNamespace(indices=torch.arange(64), step=lambda: None, feed=lambda *_: False)
-    monkeypatch.setattr(g, "Decoder", lambda *_: decoder)
-    monkeypatch.setattr(g, "token_logps", lambda *_: probabilities.log().expand(64, -1))
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: middles[:, None])
     model = SimpleNamespace(eos_ids=[0], device=torch.device("cpu"), dtype=torch.float64)
-    assert torch.equal(g.sample(model, [], 64, 1, 1.0).completion_ids[:, 0], aimed)
+    with monkeypatch.context() as context:
+        context.setattr(g, "Decoder", lambda *_: decoder)
+        context.setattr(g, "token_logps", lambda *_: probabilities.log().expand(64, -1))
+        context.setattr(torch, "rand", lambda *_, **__: middles[:, None])
+        assert torch.equal(g.sample(model, [], 64, 1, 1.0).completion_ids[:, 0], aimed)
+    broken = copy.deepcopy(world.model)
+    broken.model.language_model.norm.weight.data[3] = math.nan
+    with stops("not finite"):
+        g.sample(broken, [world.each[0]], 1, 3, 1.0)
 
 
 def test_each_process_and_step_draws_for_itself(world):
@@ -761,13 +650,12 @@ def test_chunks_hold_every_row_once_within_the_budget(world):
         lengths = torch.randint(1, 31, (12,), generator=seed(number))
         rollout = SimpleNamespace(completion_ids=torch.zeros(12, 30), lengths=lengths,
                                   completion_mask=torch.arange(30) < lengths[:, None])
-        cfg, seen = g.Config(num_generations=3, score_tokens=2 * number + 1), []
-        for prompts in world.two_passes:
-            for rows, group, ids, mask in g.chunks(prompts, rollout, cfg):
-                assert len(rows) == 1 or len(rows) * lengths[rows].max() <= cfg.score_tokens
-                assert (group + prompts.first == rows // 3).all() and (mask.sum(1) == lengths[rows]).all()
-                seen += rows.tolist()
-        assert sorted(seen) == list(range(12))
+        cfg = g.Config(num_generations=3, score_tokens=2 * number + 1)
+        found = [(prompts.first, *chunk) for prompts in world.two_passes for chunk in g.chunks(prompts, rollout, cfg)]
+        for first, rows, group, _, mask in found:
+            assert len(rows) == 1 or len(rows) * lengths[rows].max() <= cfg.score_tokens
+            assert (group + first == rows // 3).all() and (mask.sum(1) == lengths[rows]).all()
+        assert sorted(torch.cat([rows for _, rows, *_ in found]).tolist()) == list(range(12))
 
 
 # ---- Step 6: the loss and the update ---------------------------------------------------------------------
@@ -829,58 +717,61 @@ def test_the_group_worked_in_the_readme():
         assert push == effect and is_clipped.item() == (push == "stops")
 
 
-def test_loss_types_by_hand():
-    lengths, finished = torch.tensor([2, 4, 3, 4]), torch.tensor([True, False, True, True])
-    weigh = lambda kind, cut: g.weigh_tokens(lengths, finished, g.Config(
-        loss_type=kind, mask_truncated_completions=cut, max_completion_length=4)).tolist()
-    assert weigh("grpo", False) == pytest.approx([1 / 8, 1 / 16, 1 / 12, 1 / 16])  # 1/4 for each row's tokens
-    assert weigh("dr_grpo", False) == pytest.approx([1 / 16] * 4)                  # 4 rows x 4 tokens at most
-    assert weigh("dapo", False) == pytest.approx([1 / 13] * 4)                     # 13 tokens in all
-    assert weigh("grpo", True) == pytest.approx([1 / 8, 0, 1 / 12, 1 / 16])
-    assert weigh("dr_grpo", True) == pytest.approx([1 / 16, 0, 1 / 16, 1 / 16])
-    assert weigh("dapo", True) == pytest.approx([1 / 9, 0, 1 / 9, 1 / 9])
+@pytest.mark.parametrize("kind, cut, expected", [
+    ("grpo", False, [1 / 8, 1 / 16, 1 / 12, 1 / 16]), ("grpo", True, [1 / 8, 0, 1 / 12, 1 / 16]),  # 1/4 for each row
+    ("dr_grpo", False, [1 / 20] * 4), ("dr_grpo", True, [1 / 20, 0, 1 / 20, 1 / 20]),  # 4 rows x 5 tokens at most
+    ("dapo", False, [1 / 13] * 4), ("dapo", True, [1 / 9, 0, 1 / 9, 1 / 9])])          # 13 tokens in all
+def test_loss_types_by_hand(kind, cut, expected):
+    cfg = g.Config(loss_type=kind, mask_truncated_completions=cut, max_completion_length=5)
+    weights = g.weigh_tokens(torch.tensor([2, 4, 3, 4]), torch.tensor([True, False, True, True]), cfg)
+    assert weights.tolist() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("family, frozen", [(family, None) for family in FAMILIES] + [
-    ("qwen2_5_vl", "visual"), ("qwen3_vl", "visual"), ("qwen3_vl", "language_model")])
-def test_two_stage_backward_equals_plain_autograd(family, frozen, worlds):
-    world, rollout = worlds[family], worlds[family].rollout
+    ("qwen2_5_vl", "visual"), ("qwen3_vl", "language_model")])
+def test_scores_and_gradients_equal_those_of_the_stock_model(family, frozen, worlds):
+    """Its forward has one row and one sequence at a time, its backward is autograd's."""
+    world, rollout, one_pass = worlds[family], worlds[family].rollout, worlds[family].pass_
     cfg = g.Config(num_generations=G, score_tokens=30, beta=0.3, epsilon=0.2, epsilon_high=0.28,
-                   gradient_checkpointing=False)
+                   temperature=0.7, gradient_checkpointing=False)
+    groups = [group.unique().numel() for _, group, _, _ in g.chunks(one_pass, rollout, cfg)]
+    assert max(groups) > 1 and len(groups) > 1  # rows of several groups in one chunk
     torch.manual_seed(0)
     old, ref = rollout.sampling_logps + 0.3 * torch.randn(2, *rollout.completion_ids.shape).double()
-    advantages, loss, entropy = torch.linspace(-2, 3, 12).double(), 0.0, 0.0
+    advantages, loss, entropy, clips = torch.linspace(-2, 3, 12).double(), 0.0, 0.0, 0
     model, usual = copy.deepcopy(world.model), copy.deepcopy(world.stock)
     if frozen:
         for one in model, usual:
             getattr(one.model, frozen).requires_grad_(False)
     gradients = lambda passes, cfg=cfg: world.gradients(passes, advantages, ref, old, cfg, model=model)
-    logps, sums, ours = gradients([world.pass_])
+    logps, sums, ours = gradients([one_pass])
     for i, group, ids in world.rows():
-        distribution, C, A = world.alone(usual, group, ids), len(ids), advantages[i]
+        distribution, C, A = world.alone(usual, world.each[group], ids, 0.7), len(ids), advantages[i]
         row = distribution.gather(-1, ids[:, None])[:, 0]
         assert (logps[i, :C] - row).abs().max() < 1e-9
         ratio, log_ratio = (row - old[i, :C]).exp(), ref[i, :C] - row
         surrogate = torch.minimum(ratio * A, ratio.clamp(0.8, 1.28) * A)
+        clips += (surrogate < ratio * A).sum().item()
         loss = loss + (-surrogate + 0.3 * (log_ratio.exp() - log_ratio - 1)).mean() / 12
         entropy -= (distribution.exp() * distribution).sum().item()
     loss.backward()
-    assert 0 < sums["clip_ratio"] < rollout.completion_mask.sum()
+    assert 0 < sums["clip_ratio"] == clips < rollout.completion_mask.sum() and (logps[~rollout.completion_mask] == 0).all()
     assert sums["loss"] == pytest.approx(loss.item(), abs=1e-9) and sums["entropy"] == pytest.approx(entropy)
     theirs = {name: p.grad for name, p in usual.named_parameters() if p.requires_grad}
     assert {name for name, x in ours.items() if x is not None} == theirs.keys()
     assert all(x.norm() > 1e-6 for x in theirs.values())
     error = lambda found: [((found[name] - x).norm() / x.norm()).item() for name, x in theirs.items()]
     assert max(error(ours)) < 1e-6
-    recomputed = gradients([world.pass_], g.Config(**{**vars(cfg), "gradient_checkpointing": True}))
+    recomputed = gradients([one_pass], g.Config(**{**vars(cfg), "gradient_checkpointing": True}))
     assert torch.equal(recomputed[0], logps) and recomputed[1] == sums  # bit-equal with checkpointing
     assert all(torch.equal(recomputed[2][name], ours[name]) for name in theirs)
     assert max(error(gradients(world.two_passes)[2])) < 1e-6
-    shifted = changed(world.pass_, next_position=world.pass_.lengths)  # a control: positions that go on at P
+    assert (world.reference_logps(world.two_passes, temperature=0.7) - logps).abs().max() < 1e-9
+    shifted = changed(one_pass, next_position=one_pass.lengths)  # a control: positions that go on at P
     assert min(error(gradients([shifted])[2])) > 1e-3
 
 
-def test_the_readmes_naive_step_has_the_gradients_of_train_step(world, train, tmp_path):
+def test_the_readmes_naive_step_has_the_gradients_of_train_step(world, small_run, tmp_path):
     """From the same weights, on the same completions, in float64 but for transformers' norms."""
     code = re.search(r"```python\n(def naive_step.*?)```", (g.HERE / "README.md").read_text(), re.DOTALL)[1]
     exec(code, readme := {"torch": torch})
@@ -908,42 +799,32 @@ def test_the_readmes_naive_step_has_the_gradients_of_train_step(world, train, tm
         off.append([((gradients[0] - naive).norm() / naive.norm()).item() for naive in gradients[1:]])
         return came
 
-    g.train(g.parse_config([*train.flags, "--output_dir", str(tmp_path), "--max_steps", "2"]), step)
+    g.train(g.parse_config([*small_run, "--output_dir", str(tmp_path), "--max_steps", "2"]), step)
     assert max(naive for naive, _ in off) < 1e-6 and off[1][1] > 1e-2  # in the second step kl is not 0
-
-
-def test_the_first_iteration_prints_zero_and_still_learns(world):
-    cfg = g.Config(num_generations=G, beta=0.0)
-    for factor in 1, 0:
-        advantages = factor * g.group_advantages(torch.rand(12, generator=seed(0)).double(), G)
-        _, sums, found = world.gradients([world.pass_], advantages, None, None, cfg)
-        assert abs(sums["loss"]) < 1e-12 and sums["clip_ratio"] == sums["kl"] == 0
-        assert all((x.norm() > 1e-6) if factor else (x == 0).all() for x in found.values())
 
 
 def test_sft_is_cross_entropy(world):
     """Advantage 1 on given completions: the same gradient as the usual loss on the answers' tokens."""
     chain = "<think> it is a square </think> <answer> C </answer>"
-    rows = [dict(answer="left"), dict(answer="C", completion=chain)]
+    batch = SimpleNamespace(rows=[dict(answer="left"), dict(answer="C", completion=chain)],
+                            texts=[world.texts[2], world.texts[1]])
     run = SimpleNamespace(tokenizer=world.tokenizer, sampler=world.model)
     cfg = recipes.Config(algorithm="sft", num_generations=1, beta=0.0, loss_type="dapo", score_tokens=9)
-    batch = SimpleNamespace(rows=rows, texts=[world.texts[2], world.texts[1]])
     rollout, end = recipes.given_completions(run, cfg, batch), world.tokenizer.eos_token_id
     texts = "left", chain.removeprefix("<think>")  # which is in the prompt already
     targets = [world.tokenizer(text).input_ids + [end] for text in texts]
     assert [ids.tolist() for _, _, ids in world.rows(rollout, 1)] == targets and rollout.finished.all()
-    rollout.sampling_logps = rollout.sampling_logps.double()
-    usual, ones = copy.deepcopy(world.stock), torch.ones(2).double()
-    logps, sums, ours = world.gradients([world.build([2, 1])], ones, None, None, cfg, rollout)
-    logits = torch.cat([world.logits(usual, *pair) for pair in zip((2, 1), targets)])
-    logits = logits.masked_fill(world.model.suppressed, -1e300)  # as in GRPO, these are never sampled
-    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(sum(targets, [])))
-    loss.backward()
-    assert -logps.sum().item() == pytest.approx(len(logits) * loss.item()) and sums["clip_ratio"] == 0
-    for name, p in usual.named_parameters():
-        assert ((ours[name] - p.grad).norm() / p.grad.norm()) < 1e-9, name
     short = recipes.given_completions(run, g.Config(max_completion_length=4), batch)
     assert short.lengths.tolist() == [len(targets[0]), 4] and not short.finished[1]
+    rollout.sampling_logps = rollout.sampling_logps.double()
+    usual, ones = copy.deepcopy(world.stock), torch.ones(2).double()
+    logps, _, ours = world.gradients([world.build([2, 1])], ones, None, None, cfg, rollout)
+    losses = [-world.alone(usual, world.each[i], ids).gather(-1, torch.tensor(ids)[:, None]).sum()
+              for i, ids in zip((2, 1), targets)]
+    assert -logps.sum().item() == pytest.approx(sum(losses).item())
+    (sum(losses) / rollout.completion_mask.sum()).backward()
+    for name, p in usual.named_parameters():
+        assert ((ours[name] - p.grad).norm() / p.grad.norm()) < 1e-9, name
 
 
 # ---- bf16: what a GPU does, on a CPU ----------------------------------------------------------------------
@@ -980,53 +861,42 @@ def test_gradients_of_many_chunks_add_up_in_float32(cpu_offload, world):
         weight._post_accumulate_grad_hooks.clear()
         weight.register_post_accumulate_grad_hook(partial(keep, name))
     cfg, rollout = g.Config(num_generations=G, score_tokens=9), in_float32(world.rollout)
-    ref = rollout.sampling_logps
     weights, A = g.weigh_tokens(rollout.lengths, rollout.finished, cfg).float(), torch.linspace(-2, 3, 12)
+    memory = set()
     for _ in range(2):  # a second time into the same memory
         for policy in model, twin:
-            g.update(policy, world.two_passes, rollout, A, weights, ref, None, cfg)
+            g.update(policy, world.two_passes, rollout, A, weights, rollout.sampling_logps, None, cfg)
         for name, own in master.named_parameters():
-            expected = sum(part.float() for part in parts[name])
             assert len(parts[name]) >= 2 and own.grad.dtype == torch.float32
+            expected, rounded = sum(part.float() for part in parts[name]), sum(parts[name])
             assert torch.allclose(own.grad, expected, rtol=1e-6, atol=1e-9), name
-            rounded = torch.zeros_like(parts[name][0])
-            for part in parts[name]:
-                rounded += part
         assert not torch.allclose(own.grad, rounded.float(), rtol=1e-6, atol=1e-9)  # the control: sums in bf16
-        memory = {own.grad.data_ptr() for own in master.parameters()}
+        memory |= {own.grad.data_ptr() for own in master.parameters()}
         g.step_optimizer(SimpleNamespace(master=master, policy=model, sampler=model.model, optimizer=(
             torch.optim.SGD(master.parameters(), lr=0))), g.Config())
-        assert memory == {own.grad.data_ptr() for own in master.parameters()}
         assert all((own.grad == 0).all() for own in master.parameters())
         parts.clear()
+    assert len(memory) == len(list(master.parameters()))
 
 
 def test_what_reaches_the_prompts_adds_up_in_float32(world, monkeypatch):
     model, _ = bf16_models(world)
     cfg, seen, backward = g.Config(num_generations=G, score_tokens=1, beta=0.0), [], torch.autograd.backward
-
-    def watched(tensors, gradients):
-        seen.append([x.clone() for x in gradients])
-        backward(tensors, gradients)
-
-    monkeypatch.setattr(torch.autograd, "backward", watched)
+    monkeypatch.setattr(torch.autograd, "backward", lambda tensors, gradients: (
+        seen.append([x.clone() for x in gradients]) or backward(tensors, gradients)))
+    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss))
     A, rollout = torch.linspace(-2, 3, 12), in_float32(world.rollout)
     weights = g.weigh_tokens(rollout.lengths, rollout.finished, cfg).float()
     for which in [torch.ones(12), *torch.eye(12)]:  # all completions; each of them alone
-        monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss))
         g.update(model, [world.pass_], rollout, A, weights * which, None, None, cfg)
     whole, *alone = seen
     for number, x in enumerate(whole):
         assert torch.equal(x, sum(part[number].float() for part in alone).bfloat16())
-    rounded = alone[0][0].clone()
-    for part in alone[1:]:
-        rounded += part[0]
-    assert not torch.equal(whole[0], rounded)  # the control
+    assert not torch.equal(whole[0], sum(part[0] for part in alone))  # the control: sums in bf16
 
 
-def test_what_samples_is_what_is_trained(world):
-    """The sampler's log-probabilities against those that are trained: in the same model, and, as is usual, under
-    autocast in one with float32 weights."""
+def test_what_samples_is_what_is_trained(world, bf16):
+    """What the sampler gave is nearer to the model that is trained than, as is usual, to float32 under autocast."""
     model, master = bf16_models(world)
     rollout, cfg = g.sample(model.model, [world.pass_], 8, 9, 1.0, seed(0)), g.Config(num_generations=8)
     gap = lambda logps: (logps - rollout.sampling_logps)[rollout.completion_mask].abs().mean()
@@ -1034,6 +904,10 @@ def test_what_samples_is_what_is_trained(world):
     with torch.autocast("cpu", torch.bfloat16):
         usual = gap(g.score_rollout(master, [world.pass_], rollout, cfg))
     assert ours < 0.5 * usual
+    accelerator = Mock(device="cpu", prepare=lambda *_: (master, Mock()))  # sharded: gradients are summed in float32
+    g.shard(SimpleNamespace(accelerator=accelerator, master=master, optimizer=None), g.Config())
+    sharded = accelerator.state.fsdp_plugin.mixed_precision_policy
+    assert (sharded.param_dtype, sharded.reduce_dtype) == (torch.bfloat16, torch.float32)
 
 
 # Every test up to here is mathematics: `pytest -m quick` runs these.
@@ -1056,20 +930,18 @@ def test_settings_and_their_precedence(world, sat):
 
 def test_bad_settings_stop_with_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    values = ["--rewards accuracy,style", "--num_generations 1", "--max_steps 0", "--temperature 0",
-              "--temperature 1e-40", "--temperature nan", "--beta nan", "--learning_rate nan",
-              "--learning_rate inf", "--learning_rate -1", "--prompts_per_step 0", "--score_tokens 0",
-              "--max_pixels 0", "--rewards accuracy,format --prompt base-direct",
-              "--preset paper", "--preset sat-sft"]
+    values = ["--rewards accuracy,style", "--num_generations 1", "--max_steps 0", "--temperature 1e-40",
+              "--temperature nan", "--learning_rate inf", "--learning_rate -1", "--prompts_per_step 0",
+              "--max_pixels 0", "--rewards accuracy,format --prompt base-direct", "--preset paper", "--preset sat-sft"]
     paths = ["--data data/none", "--eval_data toy/none", f"--model_name_or_path {tmp_path}/none",
              f"--model_name_or_path {tmp_path}/empty", "--model_name_or_path toy/base/none"]
-    all_stop(g.main, {flags: flags.split()[0] for flags in values})
-    all_stop(g.main, {flags: flags.split()[1] for flags in paths})
+    all_stop(g.main, {flags: flags.split()[0] for flags in values} | {flags: flags.split()[1] for flags in paths})
     for flags in "--learning_rat 1", "--max_steps many", "--loss_type ppo", "--prompt mine":
         with pytest.raises(SystemExit, match="2"):
             g.parse_config(flags.split())
     monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(num_processes=3, log_with=[]))
-    all_stop(lambda _: g.make_accelerator(g.Config()), {"": "--prompts_per_step processes"})
+    with stops("--prompts_per_step", "processes"):
+        g.make_accelerator(g.Config())
 
 
 # ---- Preparation -----------------------------------------------------------------------------------------
@@ -1116,30 +988,25 @@ COLUMNS = ["images", "question", "options", "answer", "question_type", "source_r
 NOT_AMONG = "answer not among the options, or ambiguous"
 
 
-@pytest.mark.parametrize("multi_image, kept", [(False, [0, 5]), (True, [0, 1, 5])])
-def test_sat_rows_are_kept_or_skipped_for_a_reason(multi_image, kept, sat, tmp_path, capsys):
-    flags, several = (["--multi_image"], {}) if multi_image else ([], {"several images": 1})
+@pytest.mark.parametrize("flags, kept", [([], [0, 5]), (["--multi_image"], [0, 1, 5])])
+def test_sat_rows_are_kept_or_skipped_for_a_reason(flags, kept, sat, tmp_path, capsys):
     rows, counts, printed = prepared(tmp_path, capsys, "--from", sat / "SAT_train.parquet", *flags)
-    assert "options are shuffled: in SAT's" in printed and rows["options"][0] == ["3", "1", "5", "4", "2"]
+    several = {} if flags else {"several images": 1}
     assert counts == {"kept": len(kept), "missing or broken image": 2, NOT_AMONG: 1, **several}
     assert rows.column_names == COLUMNS and rows["source_row"][:] == kept
     for row in rows:
         raw = SAT_ROWS[row["source_row"]]
-        assert (row["question"], row["answer"]) == (raw["question"], raw["correct_answer"])
-        assert sorted(row["options"]) == sorted(raw["answers"])
+        assert [row["question"], row["answer"], *sorted(row["options"])] == [
+            raw["question"], raw["correct_answer"], *sorted(raw["answers"])]
         assert sizes(row) == [Image.open(io.BytesIO(image)).size for image in raw["image_bytes"]]
     metadata = pq.read_schema(tmp_path / "train.parquet").metadata
     assert metadata[b"grpo_vision"] == b"checked" and b"huggingface" in metadata
-
-
-def test_sats_options_are_shuffled_by_seed_and_row():
+    assert "options are shuffled: in SAT's" in printed and rows["options"][0] == ["3", "1", "5", "4", "2"]
     how = dict(columns=prepare_sat.choose_columns("SAT", SAT_COLUMNS), folder=None, reading="text")
-    def options(seed):
-        rows = prepare_sat.convert([SAT_ROWS[0]] * 100, how, {}, shuffle=True, seed=seed)
-        return [row["options"] for row in rows]
-    assert options(0)[0] == ["3", "1", "5", "4", "2"] and options(0)[5] == ["2", "3", "5", "1", "4"]
-    assert options(1)[0] == ["2", "1", "3", "5", "4"]
-    assert min(Counter(row.index("3") for row in options(0))[place] for place in range(5)) > 5
+    of_seed = lambda seed: [row["options"] for row in prepare_sat.convert(
+        [SAT_ROWS[0]] * 100, how, {}, shuffle=True, seed=seed)]
+    assert of_seed(0)[0] == rows["options"][0] != of_seed(1)[0]
+    assert min(Counter(options.index("3") for options in of_seed(0))[place] for place in range(5)) > 5
 
 
 # options, answer, what the options become (None: the row is skipped), the one letter that is rewarded ("":
@@ -1147,24 +1014,20 @@ def test_sats_options_are_shuffled_by_seed_and_row():
 CAT_DOG = ["cat", "dog"]
 LETTERED = [
     *[(form.split("|"), "dog", CAT_DOG, "") for form in [
-        "A.cat|B.dog", "(A)cat|(B)dog", "a) cat|b) dog", "A - cat|B - dog", "A: cat|B: dog", "A、cat|B、dog",
-        "[A] cat|[B] dog", "**A.** cat|**B.** dog", "Option A: cat|Option B: dog", "B. dog|A. cat"]],
+        "A.cat|B.dog", "(A)cat|(B)dog", "a) cat|b) dog", "A - cat|B - dog", "A、cat|B、dog", "[A] cat|[B] dog",
+        "**A.** cat|**B.** dog", "Option A: cat|Option B: dog", "B. dog|A. cat"]],
     (["A. -3", "B. 3"], "-3", ["-3", "3"], ""), (["A. A cat", "B. A dog"], "A dog", ["A cat", "A dog"], ""),
-    (["(B)dog", "(A)cat"], "(B)dog", CAT_DOG, ""), (["cat", "<|x|>"], "cat", None, ""),
+    (["(B)dog", "(A)cat"], "(B)dog", CAT_DOG, ""), (["cat", "<|x|>"], "cat", None, ""), (["cat"], "cat", None, ""),
     (["A. cat", "B) dog"], "B) dog", ["A. cat", "B) dog"], "B"), (["B. cat", "C. dog"], "C. dog", None, ""),
-    (["The cat", "A dog"], "A dog", ["The cat", "A dog"], ""), (["cat"], "cat", None, ""),
-    (["A is closer", "B is closer"], "B is closer", ["A is closer", "B is closer"], "B"),
+    (["The cat", "A dog"], "A dog", ["The cat", "A dog"], ""), (["cat", "cat", "dog"], "dog", CAT_DOG, ""),
     (["B is closer", "A is closer"], "B is closer", ["A is closer", "B is closer"], "B"),
     (["equal", "point B", "point A"], "equal", ["point A", "point B", "equal"], "C"),
     (["(B) above (A)", "(A) above (B)"], "(B) above (A)", ["(A) above (B)", "(B) above (A)"], "B"),
-    (["B is closer", "C is closer"], "B is closer", None, ""),
     (["A", "B", "both A and B"], "both A and B", ["A", "B", "both A and B"], "C"),
     (["cat", "dog", "None of the above"], "dog", ["cat", "dog", "None of the above"], "B"),
     *[(CAT_DOG, "dog", CAT_DOG, "B", f"Which? {letters}") for letters in [
-        "(A)cat (B)dog", "A.cat B.dog", "a)cat b)dog", "[A]cat[B]dog", "A cat, B dog", "A=cat, B=dog"]],
-    (["1", "10"], "10", ["1", "10"], "B", "Which? (A)1 (B)10"), (["cat", "cat", "dog"], "dog", CAT_DOG, ""),
-    (["dog", "cat"], "dog", None, "", "Which? (A)cat (B)dog"),
-    (["cat", "cat", "dog"], "dog", None, "", "Which? (A) cat (B) cat (C) dog")]
+        "(A)cat (B)dog", "A.cat B.dog", "a)cat b)dog", "A cat, B dog", "A=cat, B=dog"]],
+    (["1", "10"], "10", ["1", "10"], "B", "Which? (A)1 (B)10"), (["dog", "cat"], "dog", None, "", "? (A)cat (B)dog")]
 
 
 @pytest.mark.parametrize("flags", [[], ["--shuffle"]])
@@ -1172,20 +1035,19 @@ def test_a_letter_earns_the_reward_only_where_it_is_printed(flags, convert):
     rows = [own(options, answer, *question) for options, answer, _, _, *question in LETTERED] * 3
     found, _, printed = convert(rows, *flags)
     assert ("options are shuffled: --shuffle" if flags else "options stay in order") in printed
-    kept, moved, others = {row["source_row"]: row for row in found}, 0, 0
-    for index, (_, _, becomes, letter, *_) in enumerate(LETTERED * 3):
-        row = kept.get(index)
-        assert (row is None) == (becomes is None), rows[index]
-        if row and letter:
-            earns = lambda it, options: g.accuracy_reward(f"<answer>{it}</answer>", row["answer"], options)
-            assert row["options"] == becomes, rows[index]
-            assert [each for each in "ABCDE" if earns(each, row["options"])] == [letter], rows[index]
-            others += earns(letter, row["options"][::-1]) == 0  # the control: in another order another does
-        elif row:
-            assert sorted(row["options"]) == sorted(becomes), rows[index]
-            assert rows[index]["answer"].endswith(row["answer"]) and row["answer"] in becomes, rows[index]
+    assert found["source_row"][:] == [i for i, (_, _, becomes, *_) in enumerate(LETTERED * 3) if becomes]
+    moved = 0
+    for row in found:
+        raw, (_, _, becomes, letter, *_) = rows[row["source_row"]], (LETTERED * 3)[row["source_row"]]
+        earns = lambda it, options: g.accuracy_reward(f"<answer>{it}</answer>", row["answer"], options)
+        assert sorted(row["options"]) == sorted(becomes) and row["answer"] in becomes, raw
+        assert raw["answer"].endswith(row["answer"]), raw
+        if letter:
+            assert row["options"] == becomes, raw
+            assert [each for each in "ABCDE" if earns(each, row["options"])] == [letter], raw
+        else:
             moved += row["options"] != becomes
-    assert others > 20 and (moved > 5 if flags else moved == 0)
+    assert moved > 5 if flags else moved == 0
 
 
 @pytest.mark.parametrize("count, first, words", [  # rows, those whose first option is right, what is printed
@@ -1204,60 +1066,35 @@ FOUR = ["one", "two", "three", "four"]
 READINGS = [
     (["two", " Two "], ["one", "two"], "", ["two", "two"]),
     (["B", "(b)", "A.", "[B]", "Option A", "$B$"], ["one", "two"], "", "two two one two one two".split()),
-    ([1, 2, 3, 4], FOUR, "", FOUR), (["1", "2", "3", "4", "5"], FOUR, "", [*FOUR, None]),
+    (["1", "2", "3", "4", "5"], FOUR, "", [*FOUR, None]),
     (["0", "1", "2", "3"], FOUR, "", FOUR), ([0, 1.0, 4], FOUR, "", ["one", "two", None]),
-    ([1, 2, 3], FOUR, "", None), (["1", "2", "3"], FOUR, "", None), ([1, 2], FOUR, "index1", FOUR[:2]),
-    ([1, 2], FOUR, "index0", ["two", "three"]), ([2, 3.0, 5], [2, 3, 5.0], "", ["2", "3", "5"]),
-    (["2"], ["1", "2", "3"], "", ["2"]), (["2", "1", "3"], ["1", "2", "3"], "", ["2", "1", "3"]),
-    ([1, 2], ["1", "2", "3"], "", None), ([1, 2, 3], ["3", "1", "2"], "", None),  # as text or as an index?
+    ([1, 2, 3], FOUR, "", None), ([1, 2], FOUR, "index1", FOUR[:2]), ([1, 2], FOUR, "index0", ["two", "three"]),
+    ([2, 3.0, 5], [2, 3, 5.0], "", ["2", "3", "5"]), ([1, 2], ["1", "2", "3"], "", None),  # as text or as an index?
     (["A", "b", "the left one"], ["b", "a", "the left one"], "", ["a", "b", "the left one"]),
     (["A", "B"], ["b", "a"], "", None), (["A", "B"], ["b", "a"], "letter", ["b", "a"]),  # text or letter?
     ([float("nan"), 2.0], ["x", "y"], "", [None, "y"]), (["$5$", "5"], ["$5$", "$6$"], "", ["$5$", "$5$"]),
     (["B", "C", "B. dog", "A. hen"], ["A. cat", "B. dog", "C. hen"], "", ["dog", "hen", "dog", None]),
     (["B. dog", "(D) cow", "A. cow"], ["cat", "dog", "hen", "cow"], "", ["dog", "cow", None]),
-    (["B", "A"], ["B. dog", "A. cat"], "", ["dog", "cat"]), (["-3", "3"], ["A. -3", "B. 3"], "", ["-3", "3"]),
-    ([0, "dog"], ["B. dog", "A. cat"], "", [None, "dog"]), ([["two"], FOUR[:2]], FOUR, "", ["two", None])]
-
-
-@pytest.mark.parametrize("answers, options, reading, becomes", READINGS)
-def test_answers_are_read_as_their_column_is(answers, options, reading, becomes, convert, tmp_path):
-    flags = ["--answers", reading] if reading else []
-    if becomes is None:
-        with stops("--answers"):
-            convert([own(options, answer) for answer in answers] * 9, *flags)
-        assert not (tmp_path / "own").exists()
-    else:
-        found, counts, _ = convert([own(options, answer) for answer in answers] * 9, *flags)
-        expected = [(i, text) for i, text in enumerate(becomes * 9) if text is not None]
-        assert list(zip(found["source_row"], found["answer"])) == expected and counts["kept"] == len(expected)
-
+    (["B", "A"], ["B. dog", "A. cat"], "", ["dog", "cat"]), ([0, "dog"], ["B. dog", "A. cat"], "", [None, "dog"]),
+    ([["two"], FOUR[:2]], FOUR, "", ["two", None])]
 
 # a free answer, and what it becomes; None: the row is skipped
 FREE = [
     ("\\boxed{3}", "3"), ("$3$", "3"), ("48/2=24 <<24+48=72>>\n#### 72", "72"), ("#### 1 #### 2", "2"),
-    ("Final Answer: 3", "3"), ("<answer> 3 </answer>", "3"), ("<answer>Answer: \\boxed{3}</answer>", "3"),
-    ("\\(3\\)", "3"), ("**3**", "3"), ("<think>?</think> <answer>3</answer>", "3"), ("answer", "answer"),
-    ("so \\frac{2}{4}, or \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("$5", "$5"), ("[0, 3]", "[0, 3]"),
-    ("240πcm^{2}", "240πcm^{2}"), ("3/4", "3/4"), ("10 cm", "10 cm"), ("3<|im_end|>", None), ("3</s>", None),
-    ("3<|endoftext|>", None), ("\\boxed{3", None), ("\\boxed{1} or \\boxed{2}", None), ("<think> 3", None),
-    ("<answer>1</answer> <answer>2</answer>", None), ("####", None), ("['24/7', '3.4']", None), (7, "7"),
-    (0.5, "0.5"), (float("nan"), None), (None, None), (True, "True"), (["red"], "red"), ([], None),
-    ([{"answer": "no"}, {"answer": "ok"}, {"answer": "no"}], "no"), (["red", "blue"], None), ({"a": 1}, None)]
-
-
-def test_free_answers_lose_their_wrapping_or_are_skipped(convert):
-    found, counts, _ = convert([own(answer=answer) for answer, _ in FREE] + [own(["3/4", "cat"], "3/4")])
-    became = dict(zip(found["source_row"], found["answer"]))
-    for index, (answer, expected) in enumerate(FREE):
-        assert became.get(index) == expected, answer
-    mathematics = counts.pop("with mathematics: use recipes.py, --rewards math,format")
-    assert mathematics == 5 and counts["kept"] == len(became)  # 1/2, $5, 240π, 3/4, 10 cm
-
-
+    ("Final Answer: 3", "3"), ("<answer>Answer: \\boxed{3}</answer>", "3"), ("**3**", "3"),
+    ("<think>?</think> <answer>3</answer>", "3"), ("answer", "answer"), ("$5", "$5"), ("10 cm", "10 cm"),
+    ("so \\frac{2}{4}, or \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("240πcm^{2}", "240πcm^{2}"), ("3/4", "3/4"),
+    ("3<|im_end|>", None), ("\\boxed{3", None), ("<think> 3", None),
+    ("\\boxed{1} or \\boxed{2}", None), ("<answer>1</answer> <answer>2</answer>", None), ("####", None),
+    ("['24/7', '3.4']", None), (7, "7"), (0.5, "0.5"), (float("nan"), None), (None, None), (True, "True"),
+    ([{"answer": "no"}, {"answer": "ok"}, {"answer": "no"}], "no"), ([], None),
+    (["red", "blue"], None), ({"a": 1}, None)]
+WITH_MATHEMATICS = ["\\frac{1}{2}", "$5", "240πcm^{2}", "3/4", "10 cm"]
 CHAIN = "<think>\nTwo legs, \"four\" ...\n</think>\n\n<answer> Final Answer:B </answer>"
+PARTS = [{"type": "image"}, {"type": "text", "text": "Which?"}]
 
 
-def chat(question="<image>\nWhich?", completion=CHAIN, images="a.png", who=("user", "assistant")):
+def chat(question="<image>\nWhich?", completion=CHAIN, images="a.png", who=("human", "gpt")):
     turns = [{"from": name, "value": text} for name, text in zip(who, (question, completion))]
     return {"conversations": turns, "images": images}
 
@@ -1267,18 +1104,42 @@ def messages(*contents, roles=("user", "assistant"), **more):
     return {"messages": turns, "images": ["a.png"], **more}
 
 
+# rows as ms-swift, LLaMA-Factory, VLM-R1 and TRL read them, and their answers
+CONVERSATIONS = [
+    ([messages("<image>Which?", "cat"), messages(PARTS, "cat"),
+      messages("Be!", "<image 1>Which?", "cat", roles=("system", "user", "assistant"))], ["cat"] * 3),
+    ([messages("<image>Which?", solution="<answer> cat </answer>")], ["cat"]),
+    ([chat(completion=said, images=None) | dict(id=1, image="a.png") for said in ("<answer> 3 </answer>", "3")],
+     ["3", "3"]), ([dict(prompt=[dict(role="user", content=PARTS)], image="a.png", solution="$3$")], ["3"])]
+
+
+@pytest.mark.parametrize("rows, reading, becomes", [
+    *[([own(options, answer) for answer in answers], *how) for answers, options, *how in READINGS],
+    ([own(answer=answer) for answer, _ in FREE], "", [becomes for _, becomes in FREE]),
+    *[(rows, "", answers) for rows, answers in CONVERSATIONS]])
+def test_answers_are_read_as_their_column_is(rows, reading, becomes, convert, tmp_path):
+    flags = ["--answers", reading] if reading else []
+    if becomes is None:
+        with stops("--answers"):
+            convert(rows * 9, *flags)
+        assert not (tmp_path / "own").exists()
+        return
+    found, counts, _ = convert(rows * 9, *flags)
+    expected = [(i, text) for i, text in enumerate(becomes * 9) if text is not None]
+    assert list(zip(found["source_row"], found["answer"])) == expected and counts["kept"] == len(expected)
+    assert {(row["question"], len(row["images"])) for row in found} == {("Which?", 1)}
+    assert counts.get("with mathematics: use recipes.py, --rewards math,format", 0) == sum(
+        row["answer"] in WITH_MATHEMATICS for row in found if not row["options"])
+
+
 GOOD_CHATS = [
-    chat(), chat("Which of\n<image>\nthem?", images=["a.png"], who=("human", "gpt")),
-    {"conversations": messages("Which?", CHAIN)["messages"], "image": "./sub/../sub/b.jpg"},  # as LLaVA-CoT's
-    {"conversations": messages("Be!", "Which?", CHAIN, roles=("system", "user", "assistant"))["messages"],
-     "image": "a.png"}]
+    chat(), chat("Which of\n<image>\nthem?", images=["a.png"], who=("user", "assistant")),
+    {"conversations": messages("Which?", CHAIN)["messages"], "image": "./sub/../sub/b.jpg"}]  # as LLaVA-CoT's
 BAD_CHATS = {
-    "odd shape": ["no dict", None, {"conversations": ["Hello", CHAIN]}, chat(completion=["?"])],
+    "odd shape": ["no dict", {"conversations": ["Hello", CHAIN]}, chat(completion=["?"])],
     "empty answer": [{}, chat(completion=CHAIN.replace("Answer:B", "Answer:"))],
-    "not one question and one reply": [{"conversations": []}, chat(who=("assistant", "user")),
-                                       {"conversations": chat()["conversations"] * 2}],
-    "not one <think> and one <answer> block": [chat(completion=text) for text in (
-        "B", "<think>B", "<think>B</think><answer> </answer>", CHAIN + " Yes.", CHAIN + "<|im_end|>")],
+    "not one question and one reply": [chat(who=("gpt", "human")), {"conversations": chat()["conversations"] * 2}],
+    "not one <think> and one <answer> block": [chat(completion=text) for text in ("<think>B", CHAIN + " Yes.")],
     "broken text": [chat(completion=CHAIN.replace("legs", "\ud83d"))],
     "empty question": [chat("<image>\n ")], "no image": [chat(images=[]), chat(images=None)],
     "missing or broken image": [chat(images=name) for name in (
@@ -1289,48 +1150,23 @@ BAD_CHATS = {
     "more image marks than images": [chat(question) for question in (
         "<image> <image> Which?", "<image 2> Which?", "<img>a.png</img><img>b.png</img> Which?")],
     "a token such as <|im_end|>, <video> or <image> in its text": [
-        chat("What is <|image_pad|>?"), chat("What is <|im_end|>?"), chat("<video>Which?"),
-        *[chat(completion=CHAIN.replace(word, "<|vision_start|>")) for word in ("legs", ":B")]]}
+        chat("What is <|image_pad|>?"), chat("<video>Which?"), chat(completion=CHAIN.replace("legs", "<|im_end|>"))]}
 
 
 def test_chains_are_kept_or_skipped_for_a_reason(convert, pictures, tmp_path, capsys):
-    found, counts, printed = convert([*GOOD_CHATS, *itertools.chain(*BAD_CHATS.values())])
-    assert counts == {"kept": 4, **{reason: len(bad) for reason, bad in BAD_CHATS.items()}}
-    assert found["question"][:] == ["Which?", "Which of them?", "Which?", "Which?"]
-    assert found["answer"][:] == ["B"] * 4 and found["completion"][:] == [CHAIN] * 4
-    assert found["options"][:] == [[]] * 4 and "become completions" in printed
-    assert [*map(sizes, found)] == [[(56, 84)], [(56, 84)], [(84, 56)], [(56, 84)]]
+    found, counts, printed = convert([*GOOD_CHATS, *itertools.chain(*BAD_CHATS.values()), *GOOD_CHATS * 9])
+    assert counts == {"kept": 30, **{reason: len(bad) for reason, bad in BAD_CHATS.items()}}
+    assert found["question"][:3] == ["Which?", "Which of them?", "Which?"] and "become completions" in printed
+    assert found["answer"][:] == ["B"] * 30 and found["completion"][:] == [CHAIN] * 30
+    assert [*map(sizes, found)][:3] == [[(56, 84)], [(56, 84)], [(84, 56)]]
     again, counts, _ = prepared(tmp_path / "again", capsys, "--from", tmp_path / "own/train.parquet")
-    assert counts == {"kept": 4} and again.to_list() == found.to_list()
+    assert counts == {"kept": 30} and again.to_list()[:3] == found.to_list()[:3]
     with stops("again", "exists"):  # another data set is not written over it
         prepared(tmp_path / "again", capsys, "--from", pictures / "own.jsonl")
 
 
-PARTS = [{"type": "image"}, {"type": "text", "text": "Which?"}]
-# rows as ms-swift, LLaMA-Factory, VLM-R1 and TRL read them, all with the question "Which?", and the answers
-CONVERSATIONS = [
-    ([messages("<image>Which?", "cat"), messages(PARTS, "cat"),
-      messages("Be!", "<image 1>Which?", "cat", roles=("system", "user", "assistant"))], ["cat"] * 3),
-    ([messages("<image>Which?", solution="<answer> cat </answer>")], ["cat"]),
-    ([chat("<image>Which?", "cat", ["a.png"], ("human", "gpt"))], ["cat"]),
-    ([chat("<image>Which?", said, None, ("human", "gpt")) | dict(id=1, image="a.png")
-      for said in ("<answer> 3 </answer>", "3")], ["3", "3"]),
-    ([dict(prompt=[dict(role="user", content=PARTS)], image="a.png", solution="$3$")], ["3"])]
-
-
-@pytest.mark.parametrize("rows, answers", CONVERSATIONS)
-def test_conversations_of_other_trainers_are_questions_and_answers(rows, answers, convert):
-    found, _, _ = convert(rows)
-    assert found["answer"][:] == answers and found.column_names == COLUMNS
-    assert {(row["question"], len(row["images"]), len(row["options"])) for row in found} == {("Which?", 1, 0)}
-
-
 TEXT, BINARY, IMAGE = datasets.Value("string"), datasets.Value("binary"), datasets.Image()
 PIXELS, NUMBERED = {"bytes": ONE, "path": None}, [f"image_{number}" for number in range(1, 8)]
-MMMU = dict.fromkeys(["id", "question", "options", "answer"], TEXT) | dict.fromkeys(NUMBERED, IMAGE)
-VQA = dict(question=TEXT, question_type=TEXT, multiple_choice_answer=TEXT, image=IMAGE,
-           answers=[dict(answer=TEXT, answer_id=datasets.Value("int64"))])
-MATHVISTA = dict(question=TEXT, image=TEXT, decoded_image=IMAGE, choices=datasets.List(TEXT), answer=TEXT)
 VOTES = [dict(answer=answer, answer_id=i) for i, answer in enumerate(["2", "two", "2"])]
 
 
@@ -1338,30 +1174,35 @@ def mmmu(options, answer, question="<image 1> Which?", images=1):
     return dict(options=options, answer=answer, question=question) | dict.fromkeys(NUMBERED[:images], PIXELS)
 
 
-PUBLISHED = {  # features, rows, and (options, answer) of those that are kept
-    "MMMU": (MMMU, [mmmu("['cat', 'dog']", "B"), mmmu("[]", "5"), mmmu("['a\\'s', 'b']", "A"), mmmu("x", "A"),
-                    mmmu("['cat', 'dog']", "A", images=2), mmmu("['cat', 'dog']", "A", "<image 2> Which?"),
-                    mmmu("['<image 1>', 'dog']", "A"), mmmu("['cat', 'dog']", "?")],
-             [(CAT_DOG, "dog"), ([], "5"), (["a's", "b"], "a's")]),
-    "VQAv2": (VQA, [dict(multiple_choice_answer="two", answers=VOTES, image=PIXELS)], [([], "two")]),
-    "votes": (dict(question=TEXT, answers=VQA["answers"], image=IMAGE), [dict(answers=VOTES, image=PIXELS)],
-              [([], "2")]),
-    "TextVQA": (dict(question=TEXT, answers=datasets.List(TEXT), image=IMAGE),
-                [dict(answers=["2", "two", "2"], image=PIXELS)], [([], "2")]),
-    "MathVista": (MATHVISTA, [dict(image="images/1.jpg", decoded_image=PIXELS, choices=choices, answer=answer)
-                              for choices, answer in [(["(A) 3", "(B) 4"], "4"), (None, "1.2"), ([], "3")]],
-                  [(["3", "4"], "4"), ([], "1.2"), ([], "3")])}
+FORMS = [  # usual forms of images
+    (datasets.List(IMAGE), [{"bytes": ONE, "path": "gone.jpg"}]), (BINARY, ONE), (datasets.List(TEXT), ["b.jpg"]),
+    ({"bytes": BINARY, "path": TEXT}, {"path": "b.jpg"})]
+PUBLISHED = [  # features but for the question, rows, and (options, answer) of those that are kept
+    (dict.fromkeys(["id", "options", "answer"], TEXT) | dict.fromkeys(NUMBERED, IMAGE), [  # MMMU's
+        mmmu("['cat', 'dog']", "B"), mmmu("[]", "5"), mmmu("['a\\'s', 'b']", "A"), mmmu("x", "A"),
+        mmmu("['cat', 'dog']", "A", images=2), mmmu("['cat', 'dog']", "A", "<image 2> Which?")],
+     [(CAT_DOG, "dog"), ([], "5"), (["a's", "b"], "a's")]),
+    (dict(multiple_choice_answer=TEXT, answers=[dict(answer=TEXT, answer_id=TEXT)], image=IMAGE),  # VQAv2's
+     [dict(multiple_choice_answer="two", answers=VOTES, image=PIXELS)], [([], "two")]),
+    (dict(answers=[dict(answer=TEXT, answer_id=TEXT)], image=IMAGE), [dict(answers=VOTES, image=PIXELS)], [([], "2")]),
+    (dict(answers=datasets.List(TEXT), image=IMAGE), [dict(answers=["2", "two", "2"], image=PIXELS)], [([], "2")]),
+    (dict(image=TEXT, decoded_image=IMAGE, choices=datasets.List(TEXT), answer=TEXT), [  # MathVista's
+        dict(image="images/1.jpg", decoded_image=PIXELS, choices=choices, answer=answer)
+        for choices, answer in [(["(A) 3", "(B) 4"], "4"), (None, "1.2")]], [(["3", "4"], "4"), ([], "1.2")]),
+    *[(dict(image=kind, solution=TEXT), [dict(image=value, solution="cat")], [([], "cat")]) for kind, value in FORMS]]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_layouts_are_read_from_files_folders_and_splits(name, tmp_path, capsys):
-    features, rows, kept = PUBLISHED[name]
+@pytest.mark.parametrize("features, rows, kept", PUBLISHED)
+def test_usual_layouts_are_read_from_files_folders_and_splits(features, rows, kept, tmp_path, capsys):
+    features = features | dict(question=TEXT)
     rows = [dict.fromkeys(features) | {"question": "Which?"} | row for row in rows]
     data, file = datasets.Dataset.from_list(rows, datasets.Features(features)), "folder/validation-0.parquet"
-    (tmp_path / "folder").mkdir()
-    data.to_parquet(tmp_path / file)
     data.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(validation=data, test=data).save_to_disk(tmp_path / "two")
+    (tmp_path / "folder").mkdir()
+    data.to_parquet(tmp_path / file)
+    for folder in "folder", "one", "two":
+        (tmp_path / folder / "b.jpg").write_bytes(ONE)
     for source, *split in (file,), ("one",), ("folder", "--split", "validation"), ("two", "--split", "test"):
         found, _, _ = prepared(tmp_path / f"from-{source}", capsys, "--from", tmp_path / source, *split)
         assert list(zip(found["options"], found["answer"])) == kept and set(found["question"]) == {"Which?"}
@@ -1369,19 +1210,6 @@ def test_published_layouts_are_read_from_files_folders_and_splits(name, tmp_path
     for source, splits in ("folder", "--split validation."), ("two", "--split validation or --split test."):
         with stops(source, "no split train", splits):
             prepared(tmp_path / "out", capsys, "--from", tmp_path / source)
-
-
-@pytest.mark.parametrize("kind, value", [
-    (datasets.List(IMAGE), [{"bytes": ONE, "path": "gone.jpg"}]), (BINARY, ONE),
-    ({"bytes": BINARY, "path": TEXT}, {"path": "b.jpg"}), (datasets.List(TEXT), ["b.jpg"])])
-def test_images_of_your_own_data_may_have_any_usual_form(kind, value, pictures, tmp_path, capsys):
-    rows = [{"image": value, "problem": "<image>Which?", "solution": "2 \\sqrt { 221 }"}] * 3
-    data = datasets.Dataset.from_list(rows, datasets.Features(image=kind, problem=TEXT, solution=TEXT))
-    data.to_parquet(pictures / "sub/train.parquet")
-    for source in pictures / "sub/train.parquet", pictures / "sub":
-        found, _, _ = prepared(tmp_path / f"own-{source.name}", capsys, "--from", source)
-        assert found.column_names == COLUMNS and [*map(sizes, found)] == [[(84, 56)]] * 3
-        assert found["answer"][:] == ["2 \\sqrt { 221 }"] * 3
 
 
 @pytest.mark.parametrize("others, flags, kept", [
@@ -1396,16 +1224,14 @@ def test_rows_without_images_are_kept_where_no_image_is_meant(others, flags, kep
 def test_columns_of_your_own_have_names_of_your_own(pictures, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))  # "~"
     row = {"img": "a.png", "q": "Which?", "label": "(B)", "choices": ["this", "that"], "chain": CHAIN}
-    rows = [row | {"kind": "mine"}, row | {"img": ["sub/b.jpg", "a.png"]}, row | {"chain": None},
-            row | {"img": "../secret.png"}, "odd"]
+    rows = [row | {"kind": "mine"}, row | {"img": ["sub/b.jpg", "a.png"]}, row | {"chain": None}]
     (pictures / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
     columns = "images=img,question=q, answer=label,question_type=kind,completion=chain"
     for options, answer in ("", "that"), (",options=", "(B)"):
         flags = ["--from", pictures / "own.jsonl", "--multi_image", "--columns", columns + options]
         found, counts, _ = prepared(Path(f"~/own{options}"), capsys, *flags)
-        assert counts == {"kept": 2, "empty completion": 1, "image outside its folder": 1, "odd shape": 1}
+        assert counts == {"kept": 2, "empty completion": 1} and found["question_type"][:] == ["mine", None]
         assert found["answer"][:] == [answer] * 2 and found["completion"][:] == [CHAIN] * 2
-        assert found["question_type"][:] == ["mine", None]
 
 
 def test_data_that_cannot_be_prepared_stops(sat, pictures, tmp_path, monkeypatch):
@@ -1414,15 +1240,13 @@ def test_data_that_cannot_be_prepared_stops(sat, pictures, tmp_path, monkeypatch
     pq.write_table(pq.read_table(raw).drop_columns(["question"]), "less.parquet")
     Path("list.json").write_text('[{"a": 1},\n{"b" 2}]')
     Path("lines.jsonl").write_text('{"a": 1}\n\n{"b": 2')
-    Path("none.json").write_text("[]")
     Path("chain.json").write_text(json.dumps([chat(images="none.png")]))
     all_stop(lambda flags: prepare_sat.main(["--out", "out", "--from", *flags]), {
         f"{pictures}/a.png": "a.png Parquet", "less.parquet": "less.parquet question image_bytes, answers",
-        "less.parquet --columns answer=label": "answer=label image_bytes", "none.jsonl": "none.jsonl",
-        "less.parquet --columns reply=answers": "reply=answers question_type", "none/here": "none/here hub",
+        "less.parquet --columns answer=label": "answer=label image_bytes", "none/here": "none/here hub",
+        "less.parquet --columns reply=answers": "reply=answers question_type",
         "less.parquet --columns answer": "--columns OURS=THEIRS", f"{raw} --columns answer=": "answer=NAME",
-        "list.json": "list.json line 2 column", "lines.jsonl": "line 3", "none.json": "none.json (none)",
-        f"{raw} --columns answer=question": "SAT_train.parquet no row", "chain.json": "chain.json no row",
+        "list.json": "list.json line 2 column", "lines.jsonl": "line 3", "chain.json": "chain.json no row",
         f"{raw} --limit 0": "--limit 0", f"{raw} --split test": "--split test",
         f"{raw} --out /proc/none": "/proc/none written"})
     assert not list(tmp_path.glob("out/*")) and not Path("data").exists()
@@ -1433,62 +1257,30 @@ def test_images_are_seen_upright_and_white_where_they_are_transparent():
     image.paste("blue", (0, 0, 20, 12))
     corners = lambda x: [value for place in ((2, 2), (37, 2), (2, 21)) for value in x.getpixel(place)]
     opened = lambda data: g.open_image(dict(bytes=data, path=None), "row 7")
-    stored, seen = Image.open(io.BytesIO(turned(image))), opened(turned(image))
-    assert stored.size == (24, 40) and seen.size == image.size and seen.mode == "RGB"
-    assert corners(seen) == pytest.approx(corners(image), abs=40)
-    assert corners(seen.rotate(180)) != pytest.approx(corners(image), abs=40)  # the control
+    seen = opened(turned(image))
+    assert Image.open(io.BytesIO(turned(image))).size == (24, 40) and seen.size == image.size
+    assert corners(seen) == pytest.approx(corners(image), abs=40) != corners(image.rotate(180))
     image.putalpha(0)
     assert opened(encoded(image, "PNG")).getpixel((2, 2)) == (255, 255, 255)
-    grey = Image.linear_gradient("L").convert("I").point(lambda x: x * 200)
-    for deep, kind in (grey.convert("I;16"), "PNG"), (grey.convert("F"), "TIFF"):
+    for deep, kind in (Image.new("I;16", (9, 9)), "PNG"), (Image.new("F", (9, 9)), "TIFF"):
         with stops("row 7", "8 bits"):
             opened(encoded(deep, kind))
 
 
-def fitting(path, world, limit=1024, processes=1):
-    """-> the rows of a training file whose prompts fit, as a run of so many processes reads them."""
-    run = SimpleNamespace(cfg=SimpleNamespace(max_prompt_length=limit), template="base", **vars(world), accelerator=(
-        SimpleNamespace(num_processes=processes, print=print)))
-    return g.read_rows(run, path)
-
-
 def test_data_that_is_no_training_data_stops(train, sat, world, tmp_path):
+    path = tmp_path / "own.parquet"
+    pq.write_table(pq.read_table(sat / "train.parquet").replace_schema_metadata(None), path)
     (tmp_path / "text.parquet").write_text("question,answer\n")
-    unmarked = pq.read_table(sat / "train.parquet").replace_schema_metadata(None)
-    pq.write_table(unmarked, tmp_path / "own.parquet")
     all_stop(lambda flags: train(tmp_path / "run", *flags), {
-        f"--data {tmp_path}/text.parquet": "text.parquet Parquet",
-        f"--data {tmp_path}/own.parquet": "own.parquet prepare_sat.py --from",
-        "--max_prompt_length 3": "--max_prompt_length 3"})
+        f"--data {tmp_path}/text.parquet": "text.parquet Parquet", "--max_prompt_length 3": "--max_prompt_length 3",
+        f"--data {path}": "own.parquet prepare_sat.py --from"})
     assert not (tmp_path / "run").exists()
-    write_rows(tmp_path / "text.parquet", {}, dict(images=[]))
-    assert len(fitting(tmp_path / "text.parquet", world)) == 2
+    for answer in "a", "b":  # rewritten within a tick of the file system's clock: read as it lies there, uncached
+        write_rows(path, dict(answer=answer), dict(images=[]))
+        os.utime(path, (0, 0))
+        assert [row["answer"] for row in fitting(path, world)] == [answer, "b"]
     with stops("row 1", "no image", "1 process"):
-        fitting(tmp_path / "text.parquet", world, processes=2)
-
-
-def test_prompts_are_measured_with_their_images_and_no_padding(worlds, tmp_path):
-    images = [dict(bytes=encoded(picture(*size)), path=None) for size in ((84, 56), (140, 224))]
-    write_rows(tmp_path / "train.parquet", dict(images=images), {}, dict(images=[], question="Which of these?"))
-    for world in worlds.values():
-        lengths = []
-        for row in fitting(tmp_path / "train.parquet", world):
-            opened = [g.open_image(image, "") for image in row["images"]]
-            built = g.build_prompts([g.render(row, "base", None)], [opened], world.tokenizer,
-                                    world.image_processor, world.model)
-            lengths.append(int(built.lengths[0]))
-        assert len(set(lengths)) == 3
-        for limit in [*lengths, max(lengths) - 1, sorted(lengths)[1] - 1]:
-            kept = [row["row"] for row in fitting(tmp_path / "train.parquet", world, limit)]
-            assert kept == [i for i, length in enumerate(lengths) if length <= limit]
-
-
-def test_data_is_read_as_it_lies_there_without_a_cache(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/proc/none"))
-    for answer in "a", "b":  # rewritten within a tick of the file system's clock
-        write_rows(tmp_path / "train.parquet", dict(answer=answer))
-        os.utime(tmp_path / "train.parquet", (0, 0))
-        assert fitting(tmp_path / "train.parquet", world)[0]["answer"] == answer
+        fitting(path, world, processes=2)
 
 
 def test_draw_walks_through_seeded_permutations():
@@ -1496,7 +1288,7 @@ def test_draw_walks_through_seeded_permutations():
     walk = g.draw_rows(rows, 0, 0, 80)
     epochs = [walk[i:i + 7] for i in range(0, 77, 7)]
     assert all(sorted(epoch) == rows for epoch in epochs) and len(set(map(tuple, epochs))) > 1
-    assert walk == g.draw_rows(rows, 0, 0, 80) != g.draw_rows(rows, 1, 0, 80)
+    assert walk != g.draw_rows(rows, 1, 0, 80)
     for size in 1, 5, 16:  # a step, or a rank's share; may cross epochs, or be larger than one
         assert sum((g.draw_rows(rows, 0, first, size) for first in range(0, 80, size)), []) == walk
 
@@ -1504,10 +1296,19 @@ def test_draw_walks_through_seeded_permutations():
 # ---- A run -----------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
-def trained(train, cvbench, tmp_path_factory):
+def shown():
+    """(run, what came of the step) of each step of `trained`"""
+    return []
+
+
+@pytest.fixture(scope="session")
+def trained(shown, train, cvbench, tmp_path_factory):
     """-> the folder of a run, evaluated on the way"""
-    folder = tmp_path_factory.mktemp("runs") / "sat"
-    train(folder, "--eval_steps", "2", "--eval_data", cvbench)
+    folder, show = tmp_path_factory.mktemp("runs") / "sat", eval_cvbench.shown_groups
+    with pytest.MonkeyPatch.context() as context:
+        context.setattr(eval_cvbench, "shown_groups", lambda run, step, came, after: (
+            shown.append((run, came)) or show(run, step, came, after)))
+        train(folder, "--eval_steps", "2", "--eval_data", cvbench)
     return folder
 
 
@@ -1524,9 +1325,13 @@ def test_a_run_leaves_its_files_and_logs_every_metric_and_completion(trained, sa
         assert m["sampler_mismatch"] < 1e-4 and m["clip_ratio"] == 0 and m["grad_norm"] > 0
         rewards = torch.tensor([s["reward"] for s in samples if s["step"] == m["step"] == step])
         advantages = [s["advantage"] for s in samples if s["step"] == step]
-        assert m["reward"] == pytest.approx(rewards.mean().item())
+        average = lambda name: sum(s[name] for s in samples if s["step"] == step) / 8
+        assert m == pytest.approx(m | {
+            "reward": average("reward"), "rewards/letters/best": rewards.view(2, 4).amax(1).mean().item(),
+            "reward_std": rewards.view(2, 4).std(1).mean().item(), "frac_reward_zero_std": 0,
+            "completions/mean_length": average("length"), "completions/clipped_ratio": 1 - average("finished")})
         assert advantages == pytest.approx(g.group_advantages(rewards, 4).tolist(), abs=1e-3)
-    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-6) and metrics[2]["kl"] > 1e-6
+    assert (metrics[0]["kl"], metrics[0]["loss"]) == pytest.approx((0, 0), abs=1e-6) and metrics[2]["kl"] > 1e-6
     rows = pq.read_table(sat / "train.parquet").to_pylist()
     for s in samples:
         row, parts = rows[s["row"]], [s[f"rewards/{name}"] for name in ("accuracy", "format", "letters")]
@@ -1539,73 +1344,60 @@ def test_checkpoints_are_models_for_transformers_and_servers(name, trained, worl
     tokenizer, image_processor = g.load_processors(trained / name)
     ours = g.load_model(trained / name, tokenizer)
     theirs = AutoModelForImageTextToText.from_pretrained(trained / name, dtype=torch.float32).eval()
-    ours, theirs, start = (world.logits(model, 2, range(9)) for model in (ours, theirs, world.model))
+    ours, theirs, start = (world.logits(model, world.each[2], range(9)) for model in (ours, theirs, world.model))
     assert (ours - theirs).abs().max() < 1e-4 < 1e-2 < (ours - start).abs().max()
     assert weights_of(trained / name).keys() == weights_of(world.folder).keys()
     assert image_processor.size["longest_edge"] == 401408
+    text = json.loads((trained / name / "config.json").read_text())["text_config"]  # as transformers 4.57 reads it
+    assert text["rope_theta"] == 1e6 and text["rope_scaling"]["mrope_section"] == [1, 1, 2]
+    assert "rope_parameters" not in text
     assert tokenizer.chat_template == g.SERVED_PROMPT  # a server asks as it was trained
     assert len(json.loads((trained / name / "generation_config.json").read_text())["eos_token_id"]) == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_each_family_trains_saves_and_is_evaluated(family, worlds, train, evaluate, tmp_path):
-    flags = ["--model_name_or_path", worlds[family].folder, "--max_pixels", 12000, "--max_steps", 2]
-    for run in ["grpo"], ["sft", "--algorithm", "sft", "--freeze", "vision", "--rewards", "accuracy"]:
-        train(tmp_path / run[0], *flags, *run[1:], "--max_steps", 1, main=recipes.main)
-        recipes.main(["--resume", "--output_dir", str(tmp_path / run[0]), "--max_steps", "2"])
+def test_each_family_trains_saves_and_is_evaluated(family, worlds, train, evaluate, tmp_path, monkeypatch):
+    seen, step = [], recipes.sft_step
+    monkeypatch.setattr(recipes, "sft_step", lambda *args: seen.append(step(*args)) or seen[-1])
+    flags = ["--model_name_or_path", worlds[family].folder, "--max_pixels", 12000]
+    train(tmp_path / "grpo", *flags, "--max_steps", 2, main=recipes.main)
+    sft = "--max_steps 1 --algorithm sft --freeze vision --rewards accuracy --max_completion_length 30".split()
+    train(tmp_path / "sft", *flags, *sft, main=recipes.main)
     metrics = jsonl(tmp_path / "grpo/metrics.jsonl")
     assert len(metrics) == 2 and all(m["sampler_mismatch"] < 1e-4 and m["grad_norm"] > 0 for m in metrics)
+    (came,), (metrics,) = seen, jsonl(tmp_path / "sft/metrics.jsonl")
+    nll = -came.logps[came.rollout.completion_mask].mean().item()
+    assert metrics["nll"] == pytest.approx(nll, rel=1e-5) and metrics["loss"] == pytest.approx(-1)
+    assert metrics["rewards/accuracy"] == 1  # of all that was written, since no block was asked for
+    assert "<think>" not in came.batch.texts[0] and "sampler_mismatch" not in metrics
     folders = worlds[family].folder, tmp_path / "grpo/final", tmp_path / "sft/final"
     before, after, sft = map(weights_of, folders)
     assert before.keys() == after.keys() == sft.keys()
     moved = lambda trained: {name for name in before if not torch.equal(before[name].float(), trained[name])}
-    assert len(moved(after)) > 0.9 * len(before) and not any("visual" in name for name in moved(sft))
+    assert len(moved(after)) > 0.9 * len(before) and moved(sft) and not any("visual" in name for name in moved(sft))
     results, = evaluate(tmp_path / "results", "--model", tmp_path / "grpo/final").values()
     assert len({r["answers"][0]["completion"] for r in jsonl(results / "answers.jsonl")}) > 1
 
 
-# what is wrong with a model folder: edit(folder, its config.json as a dict), words of the sentence
-def without(name):
-    return lambda folder, config: (folder / name).unlink()
+BROKEN_MODELS = [  # a file of a model, what is changed in its JSON, or its text (None: gone), words of the sentence
+    ("config.json", dict(model_type="llava"), "llava qwen2_vl qwen2_5_vl qwen3_vl"),
+    ("config.json", dict(model_type="mine"), "cannot load"), ("config.json", '{"model_type": "qwen', "cannot load"),
+    ("tokenizer.json", None, "tokenizer"), ("preprocessor_config.json", None, "image processor"),
+    ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "cannot load"),
+    ("config.json", dict(quantization_config=dict(quant_method="fp8")), "quantised bf16"),
+    ("config.json", dict(use_sliding_window=True, sliding_window=9), "sliding window"),
+    ("adapter_config.json", "{}", "adapter Merge"), ("config.json", dict(intermediate_size=96), "cannot load"),
+    ("config.json", dict(num_hidden_layers=2), "disagree layers.2"),
+    ("config.json", dict(num_hidden_layers=4), "disagree layers.3"),
+    ("config.json", dict(image_token_id=5), "disagree image_pad")]
 
 
-def damaged(name, text):
-    return lambda folder, config: (folder / name).write_text(text)
-
-
-BROKEN_MODELS = {
-    "another-kind": (lambda folder, config: config.update(model_type="llava"), "llava qwen2_vl qwen2_5_vl qwen3_vl"),
-    "no-kind": (lambda folder, config: config.update(model_type="mine"), "cannot load"),
-    "lfs": (damaged("model.safetensors", "version https://git-lfs.github.com/spec/v1\n"), "cannot load"),
-    "cut-config": (damaged("config.json", '{"model_type": "qwen'), "cannot load"),
-    "cut-tokenizer": (damaged("tokenizer.json", '{"version'), "tokenizer"),
-    "no-tokenizer": (without("tokenizer.json"), "tokenizer"), "no-config": (without("config.json"), "cannot load"),
-    "no-weights": (without("model.safetensors"), "cannot load"),
-    "no-images": (without("preprocessor_config.json"), "image processor"),
-    "fp8": (lambda folder, config: config.update(quantization_config=dict(quant_method="fp8")), "quantised bf16"),
-    "awq": (lambda folder, config: config.update(quantization_config=dict(quant_method="awq", bits=4)), "quantised"),
-    "bnb": (lambda folder, config: config.update(quantization_config=dict(
-        quant_method="bitsandbytes", load_in_4bit=True)), "quantised"),
-    "sliding": (lambda folder, config: config.update(use_sliding_window=True, sliding_window=9), "sliding window"),
-    "adapter": (damaged("adapter_config.json", "{}"), "adapter Merge"),
-    "less": (lambda folder, config: edit_weights(folder, lambda weights: weights.pop("visual.patch_embed.proj.weight")),
-             "disagree patch_embed"),
-    "fewer-layers": (lambda folder, config: config.update(num_hidden_layers=2), "disagree layers.2"),
-    "more-layers": (lambda folder, config: config.update(num_hidden_layers=4), "disagree layers.3"),
-    "wider": (lambda folder, config: config.update(intermediate_size=96), "cannot load"),
-    "no-vision-token": (lambda folder, config: (folder / "tokenizer.json").write_text(
-        (folder / "tokenizer.json").read_text().replace("<|image_pad|>", "<|image_pid|>")), "disagree image_pad")}
-
-
-@pytest.mark.parametrize("kind", BROKEN_MODELS)
-def test_a_model_folder_that_cannot_be_trained_is_named(kind, world, train, evaluate, tmp_path):
-    edit, words = BROKEN_MODELS[kind]
-    folder = shutil.copytree(world.folder, tmp_path / kind)
-    config = json.loads((folder / "config.json").read_text())
-    before = dict(config)
-    edit(folder, config)
-    if config != before:
-        (folder / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("file, change, words", BROKEN_MODELS)
+def test_a_model_folder_that_cannot_be_trained_is_named(file, change, words, world, train, evaluate, tmp_path):
+    folder = shutil.copytree(world.folder, tmp_path / "model")
+    if isinstance(change, dict):
+        change = json.dumps(json.loads((folder / file).read_text()) | change)
+    (folder / file).unlink() if change is None else (folder / file).write_text(change)
     with stops(folder, *words.split()):
         train(tmp_path / "run", "--model_name_or_path", folder)
     assert not (tmp_path / "run").exists()
@@ -1613,66 +1405,41 @@ def test_a_model_folder_that_cannot_be_trained_is_named(kind, world, train, eval
         evaluate(tmp_path / "results", "--model", folder)
 
 
-def test_a_chat_template_of_its_own_file_is_read(worlds, tmp_path):
-    folder = shutil.copytree(worlds["qwen2_5_vl"].folder, tmp_path / "model")
-    (folder / "chat_template.jinja").unlink()
-    assert g.choose_prompt(g.load_processors(folder)[0]) == "base"
-    (folder / "chat_template.json").write_text(json.dumps(dict(chat_template=ROLES)))
-    assert g.choose_prompt(g.load_processors(folder)[0]) == "instruct"
-
-
-# what a launcher leaves in the environment, words of the sentence
-LAUNCHES = [
-    (dict(MASTER_ADDR="10.0.0.1"), "MASTER_ADDR WORLD_SIZE --multi_gpu torchrun unset"),
-    (dict(LOCAL_RANK="0"), "LOCAL_RANK WORLD_SIZE"), (dict(RANK="3", MASTER_PORT="1"), "RANK torchrun"),
-    (dict(PMI_SIZE="2"), "PMI_SIZE --multi_gpu"), (dict(OMPI_COMM_WORLD_SIZE="8"), "OMPI_COMM_WORLD_SIZE unset"),
-    (dict(MV2_COMM_WORLD_SIZE="2"), "MV2_COMM_WORLD_SIZE"), (dict(WORLD_SIZE="two"), "WORLD_SIZE two"),
-    (dict(WORLD_SIZE=""), "WORLD_SIZE"), (dict(WORLD_SIZE="-1"), "WORLD_SIZE -1"),
-    (dict(ACCELERATE_USE_DEEPSPEED="true"), "ACCELERATE_USE_DEEPSPEED FSDP2 torchrun"),
-    (dict(ACCELERATE_USE_MEGATRON_LM="1"), "ACCELERATE_USE_MEGATRON_LM"),
-    (dict(ACCELERATE_USE_PARALLELISM_CONFIG="yes"), "ACCELERATE_USE_PARALLELISM_CONFIG")]
+LAUNCHES = {  # what a launcher leaves in the environment: words of the sentence
+    "MASTER_ADDR=10.0.0.1": "MASTER_ADDR WORLD_SIZE --multi_gpu torchrun unset", "LOCAL_RANK=0": "LOCAL_RANK",
+    "RANK=3": "RANK torchrun", "PMI_SIZE=2": "PMI_SIZE --multi_gpu", "OMPI_COMM_WORLD_SIZE=8": "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE=2": "MV2_COMM_WORLD_SIZE", "WORLD_SIZE=two": "WORLD_SIZE two", "WORLD_SIZE=": "WORLD_SIZE",
+    "WORLD_SIZE=-1": "WORLD_SIZE -1", "ACCELERATE_USE_DEEPSPEED=true": "ACCELERATE_USE_DEEPSPEED FSDP2 torchrun",
+    "ACCELERATE_USE_MEGATRON_LM=1": "ACCELERATE_USE_MEGATRON_LM"}
+HARMLESS = dict(ACCELERATE_MIXED_PRECISION="fp16", ACCELERATE_USE_DEEPSPEED="false", PMI_SIZE="1",
+                ACCELERATE_USE_MEGATRON_LM="")
 
 
 def test_launches_that_would_train_alone_or_otherwise_stop(train, evaluate, tmp_path, monkeypatch):
-    for variables, words in LAUNCHES:
-        with monkeypatch.context() as context:
-            for name, value in variables.items():
-                context.setenv(name, value)
-            with stops(*words.split()):
-                train(tmp_path / "run")
-            with stops(*words.split()):
-                evaluate(tmp_path / "results")
+    for variable, words in LAUNCHES.items():
+        for program in train, evaluate:
+            with monkeypatch.context() as context, stops(*words.split()):
+                context.setenv(*variable.split("="))
+                program(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    for name, value in dict(ACCELERATE_MIXED_PRECISION="fp16", ACCELERATE_USE_DEEPSPEED="false", PMI_SIZE="1",
-                            ACCELERATE_USE_MEGATRON_LM="", OMPI_COMM_WORLD_SIZE="1").items():
-        monkeypatch.setenv(name, value)  # none of these is in the way
-    train(tmp_path / "run", "--max_steps", 1)
-    assert jsonl(tmp_path / "run/metrics.jsonl")[0]["sampler_mismatch"] < 1e-4
+    for name, value in HARMLESS.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(g, "gather_object", lambda mine: [*mine, True] if mine == [False] else mine)
+    train(tmp_path / "run")  # another process is asked to stop
+    assert [m["sampler_mismatch"] < 1e-4 for m in jsonl(tmp_path / "run/metrics.jsonl")] == [True]
 
 
 def test_beta_0_loads_no_reference_and_later_iterations_clip(train, tmp_path, monkeypatch):
     load = Mock(wraps=g.load_model)
     monkeypatch.setattr(g, "load_model", load)
-    flags = "--beta 0 --max_steps 2 --num_iterations 3 --learning_rate 0.01 --epsilon 0.05".split()
-    train(tmp_path / "a", *flags)
+    train(tmp_path / "a", *"--beta 0 --max_steps 2 --num_iterations 3 --learning_rate 0.01 --epsilon 0.05".split())
     assert load.call_count == 1
     assert all(m["kl"] == 0 and m["clip_ratio"] > 0 and m["sampler_mismatch"] < 1e-4
                for m in jsonl(tmp_path / "a/metrics.jsonl"))
     for norm in "0", "1e9", "1e-9":
-        train(tmp_path / norm, "--max_steps", 1, "--max_grad_norm", norm, "--rewards", "letters")
-    assert load.call_count == 1 + 3 * 2
+        train(tmp_path / norm, "--max_steps", 1, "--max_grad_norm", norm, "--beta", 0)
     assert same_weights(tmp_path / "0/final", tmp_path / "1e9/final")  # 0: never clipped
     assert not same_weights(tmp_path / "0/final", tmp_path / "1e-9/final")
-
-
-def test_grpo_without_thinking_takes_the_whole_completion_as_the_answer(train, tmp_path):
-    write_rows(tmp_path / "train.parquet", *(dict(options=[], answer=letter) for letter in "abcdefgh"))
-    train(tmp_path / "run", *"--prompt base-direct --rewards accuracy,math --max_completion_length 1".split(),
-          "--num_generations", 60, "--data", tmp_path)
-    samples = jsonl(tmp_path / "run/completions.jsonl")
-    assert all(s["prompt"].endswith("Assistant: ") for s in samples)
-    right = [s["completion"].strip().lower() == "abcdefgh"[s["row"]] for s in samples]
-    assert [s["rewards/accuracy"] for s in samples] == right and any(right)
 
 
 def test_bf16_with_float32_weights_beside_it_trains_saves_and_resumes(bf16, train, tmp_path, monkeypatch):
@@ -1683,31 +1450,27 @@ def test_bf16_with_float32_weights_beside_it_trains_saves_and_resumes(bf16, trai
         norm = step(run, cfg)
         pairs = [*zip(run.sampler.parameters(), run.master.parameters(), before, strict=True)]
         assert all(torch.equal(x, own.bfloat16()) and x.data_ptr() != own.data_ptr() for x, own, _ in pairs)
+        assert run.policy.model is run.sampler  # what samples is what is trained
         seen.append(sum(not torch.equal(x, old) for x, _, old in pairs))
         return norm
 
     monkeypatch.setattr(g, "step_optimizer", watched)
     whole, again, offloaded = (tmp_path / name for name in ("whole", "again", "offloaded"))
-    train(whole, "--num_iterations", 2)
+    flags = "--num_iterations 2 --lr_scheduler_type constant --max_steps".split()
+    train(whole, *flags, 3)
     assert len(seen) == 6 and min(seen) > 20  # weights that moved
-    train(offloaded, "--num_iterations", 2, "--cpu_offload", "true")
-    train(again, "--num_iterations", 2, "--max_steps", 2, "--lr_scheduler_type", "constant")
-    for run in whole, again:  # a run's rate falls to 0 at its own end: begun anew at a constant one
-        shutil.rmtree(run)
-        train(run, "--num_iterations", 2, "--lr_scheduler_type", "constant", "--max_steps", 2 + (run == whole))
+    train(offloaded, *flags, 3, "--cpu_offload", "true")
+    train(again, *flags, 2)
     g.main(["--resume", "--output_dir", str(again), "--max_steps", "3"])
-    assert same_run(whole, again)
+    assert same_run(whole, again) and same_run(whole, offloaded)
     assert {x.dtype for x in weights_of(again / "final").values()} == {torch.bfloat16}
     dcp_to_torch_save(again / "checkpoint-3/state", tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt")
     assert {x.dtype for x in state["weights"].values()} == {torch.float32}
     assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {6}
-    train(whole.with_name("linear"), "--num_iterations", 2)
-    assert same_run(whole.with_name("linear"), offloaded)
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(train, tmp_path, monkeypatch):
-    train(tmp_path / "whole")
+def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(train, trained, tmp_path, monkeypatch):
     update, calls, models = g.update, [], []
 
     def broken(policy, *args):
@@ -1721,13 +1484,13 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(train, t
     monkeypatch.setattr(g, "update", broken)
     run = tmp_path / "run"
     with stops("step 2", "not finite", "--learning_rate", "bad_batch.jsonl"):
-        train(run, "--num_iterations", 1)
+        train(run)
     assert all(torch.equal(weight, models[0][name]) for name, weight in calls[1].model.named_parameters())
     assert len(jsonl(run / "metrics.jsonl")) == 1 and len(jsonl(run / "bad_batch.jsonl")) == 8
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
     monkeypatch.setattr(g, "update", update)
     train(run, "--resume")
-    assert same_run(run, tmp_path / "whole") and len(jsonl(run / "bad_batch.jsonl")) == 8
+    assert same_run(run, trained) and len(jsonl(run / "bad_batch.jsonl")) == 8
     with stops("step 1", "not finite"):  # a further update on the same rollout is not tried
         calls.clear()
         monkeypatch.setattr(g, "update", lambda *args: broken(*args) if len(calls) < 2 else 1 / 0)
@@ -1735,111 +1498,83 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(train, t
 
 
 def test_a_disk_with_too_little_room_is_named_before_training(train, world, tmp_path, monkeypatch):
-    usage, weights = shutil.disk_usage, g.load_model(world.folder, world.tokenizer).num_parameters()
-
-    def with_room(room, *flags):
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=room))
-        train(tmp_path / "run", *flags)
-
-    needed = weights * (4 * (3 + 1) + 2 * 12)  # three checkpoints and final/ in float32, two state/
-    with stops("GB left", "save", "--save_total_limit", "--output_dir"):
-        with_room(needed - 1)
+    run = SimpleNamespace(output_dir=tmp_path, sampler=g.load_model(world.folder, world.tokenizer))
+    weights = run.sampler.num_parameters()
+    for steps, done, limit, models, states in [  # models and state/ that the rest of the run has on the disk
+            (3, 0, None, 3 + 1, 2), (3, 2, None, 1 + 1, 1), (3, 0, 1, 1 + 1, 2), (3, 0, 9, 3 + 1, 2)]:
+        needed, cfg = weights * (4 * models + 12 * states), g.Config(
+            max_steps=steps, save_steps=1, save_total_limit=limit)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed))
+        g.check_disk(run, cfg, done)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=needed - 1))
+        with stops("GB left", "save", "--save_total_limit", "--output_dir"):
+            g.check_disk(run, cfg, done)
+    with stops("GB left"):
+        train(tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.json*"))
-    with_room(needed, "--max_steps", 2)
-    with stops("GB left"):  # one more, final/ again, and a second state/
-        with_room(weights * (4 * 2 + 12) - 1, "--resume", "--max_steps", 3)
-    with_room(weights * (4 * 2 + 12), "--resume", "--max_steps", 3)
-    shutil.rmtree(tmp_path / "run")
-    with_room(weights * (4 * 2 + 2 * 12), "--save_total_limit", 1)
 
 
 # ---- Stopping and going on -------------------------------------------------------------------------------
 
-def test_the_second_signal_and_what_comes_after_a_run_get_the_old_handlers(train, tmp_path, monkeypatch):
-    numbers, got, step = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), [], g.train_step
-    old = {number: signal.signal(number, lambda number, _: got.append(number)) for number in numbers}
-    own = [signal.getsignal(number) for number in numbers]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_the_second_signal_and_what_comes_after_a_run_get_the_old_handler(number, small_run, tmp_path):
+    got, step = [], g.train_step
+    old = signal.signal(number, lambda number, _: got.append(number))
+    own = signal.getsignal(number)
+
+    def signalled(*args):
+        os.kill(os.getpid(), number)
+        assert not got
+        os.kill(os.getpid(), number)
+        return step(*args)
+
     try:
-        for number in numbers:
-            def signalled(*args, number=number):
-                os.kill(os.getpid(), number)
-                assert not got
-                os.kill(os.getpid(), number)
-                return step(*args)
-            g.train(g.parse_config(["--output_dir", str(tmp_path / str(number)), *train.flags]), signalled)
-            assert got == [number] and [signal.getsignal(number) for number in numbers] == own
-            assert [path.name for path in g.checkpoints(tmp_path / str(number))] == ["checkpoint-1"]
-            got.clear()
+        g.train(g.parse_config([*small_run, "--output_dir", str(tmp_path / "run")]), signalled)
+        assert got == [number] and signal.getsignal(number) == own
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        signal.signal(number, old)
+    assert [path.name for path in g.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
 
 
-def test_two_stages_are_one_run_and_resuming_is_bit_equal(world, train, tmp_path, capsys):
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    train(whole, *"--resume --lr_scheduler_type constant --max_steps 2 --max_completion_length 3".split(),
-          "--num_generations", 2)
-    assert f"from {world.folder}" in capsys.readouterr().out  # there was nothing to resume
-    go_on = "--resume --max_steps 4 --max_completion_length 9 --num_generations 4 --output_dir".split()
-    g.main([*go_on, str(whole), "--max_steps", "3"])  # the run's other settings come from its config.json
-    shutil.copytree(whole, again, ignore=shutil.ignore_patterns("final"))
-    g.main([*go_on, str(whole)])
-    samples = jsonl(whole / "completions.jsonl")
-    lengths = [[s["length"] for s in samples if s["step"] == step] for step in (1, 2, 3, 4)]
-    assert [(len(some), max(some) > 3) for some in lengths] == [(4, False)] * 2 + [(8, True)] * 2
-    assert {m["learning_rate"] for m in jsonl(whole / "metrics.jsonl")} == {1e-3}  # constant
-    (again / "checkpoint-9.tmp").mkdir()  # what a run leaves that is killed while it saves
-    (again / "metrics.jsonl").open("a").write('{"step": 99, "half a li')
-    g.main([*go_on, str(again)])
-    assert same_run(whole, again) and not same_weights(again / "final", again / "checkpoint-3")
-    before = weights_of(whole / "final")
-    for steps in "4", "3":  # a run that is complete stays as it is
-        g.main([*go_on, str(whole), "--max_steps", steps])
-        assert all(torch.equal(x, before[name]) for name, x in weights_of(whole / "final").items())
-        assert len(jsonl(whole / "metrics.jsonl")) == 4
-
-
-def test_a_run_goes_on_only_as_it_began(train, sat, world, tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_only_as_it_began(train, sat, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(world.folder, "model")
     shutil.copytree(sat, "data")
-    train("run", *"--max_steps 2 --model_name_or_path model --data data".split())
+    train("run", "--max_steps", 1, "--data", "data")
     monkeypatch.chdir("data")  # paths in config.json are absolute
     run = tmp_path / "run"
-    go_on = lambda steps, folder=run, more=(): g.main(
-        ["--resume", "--output_dir", str(folder), "--max_steps", steps, *more])
+    go_on = lambda folder, steps, *more: g.main(["--resume", "--output_dir", str(folder), "--max_steps", steps, *more])
 
-    def refused(*words, folder=run, more=()):
-        with stops(*words):
-            go_on("9", folder, more)
+    def refused(words, folder=run, *more):
+        with stops(*words.split()):
+            go_on(folder, "9", *more)
 
-    rows = pq.read_table(sat / "train.parquet")
-    for table in rows.slice(1), pa.concat_tables([rows.slice(1), rows.slice(0, 1)]):  # fewer; others, as many
-        pq.write_table(table, "train.parquet")
-        refused("did not begin with", "train.parquet")
+    rows = pq.read_table("train.parquet")
+    pq.write_table(pa.concat_tables([rows.slice(1), rows.slice(0, 1)]), "train.parquet")  # others, as many
+    refused("did not begin with train.parquet")
+    pq.write_table(rows.slice(1), "train.parquet")
+    refused("did not begin with train.parquet")
     shutil.copy(sat / "train.parquet", "train.parquet")
-    go_on("3")
-    config = json.loads((run / "config.json").read_text())
-    write = lambda **more: (run / "config.json").write_text(json.dumps(config | more))
-    write(algorithm="sft")  # a run of recipes.py
-    refused("algorithm", "recipes.py")
-    write()
-    refused("--prompts_per_step", more=["--prompts_per_step", "4"])
+    refused("--prompts_per_step", run, "--prompts_per_step", "4")
     capsys.readouterr()
-    go_on("4", more="--seed 1 --rewards format".split())
+    go_on(run, "2", *"--num_generations 2 --max_completion_length 2 --lr_scheduler_type constant".split())
     said = re.findall("--resume: (.*) from here on", capsys.readouterr().out)
-    assert sorted(said) == ["max_steps was 3 and is 4", "rewards was accuracy,format,letters and is format",
-                            "seed was 0 and is 1"]
-    (run / "checkpoint-3/config.json").write_text(json.dumps(config)[:99])
-    # without one, with a model's, with half of one
-    for folder in tmp_path / "data", run / "checkpoint-2", run / "checkpoint-3":
-        refused("--resume", "config.json", folder=folder)
-    for damage in (lambda state: (state / ".metadata").write_bytes(b""), lambda state: shutil.rmtree(state)):
-        damage(run / "checkpoint-4/state")
-        refused("checkpoint-4/state", "cannot be read")
+    assert sorted(said) == ["lr_scheduler_type was linear and is constant", "max_completion_length was 8 and is 2",
+                            "max_steps was 1 and is 2", "num_generations was 4 and is 2"]
+    second = [s["length"] for s in jsonl(run / "completions.jsonl") if s["step"] == 2]
+    assert len(second) == 4 and max(second) <= 2 and jsonl(run / "metrics.jsonl")[1]["learning_rate"] == 1e-3
+    config = (run / "config.json").read_text()
+    (run / "checkpoint-1/config.json").write_text(config[:99])
+    for folder in tmp_path / "data", run / "checkpoint-1", run / "final":  # none, half of one, a model's
+        refused("--resume config.json", folder)
+    (run / "config.json").write_text(json.dumps(json.loads(config) | dict(algorithm="sft")))
+    refused("algorithm recipes.py")
+    (run / "config.json").write_text(config)
+    for damage in (lambda state: (state / ".metadata").write_bytes(b"")), shutil.rmtree:
+        damage(run / "checkpoint-2/state")
+        refused("checkpoint-2/state cannot be read")
     for checkpoint in g.checkpoints(run):
         shutil.rmtree(checkpoint)
-    refused(run, "no checkpoint left")  # it does not begin anew, over its own logs
+    refused("no checkpoint left")  # it does not begin anew, over its own logs
 
 
 def test_a_folder_belongs_to_one_run(train, tmp_path, monkeypatch):
@@ -1861,14 +1596,13 @@ def test_a_folder_belongs_to_one_run(train, tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_stopped_and_killed_ends_as_if_it_had_not_been(train, small_run, tmp_path):
-    flags = "--max_steps 14 --save_steps 3 --rewards accuracy,format,length".split()
-    train(tmp_path / "whole", *flags, main=recipes.main)
+    flags = "--max_steps 14 --save_steps 3 --rewards accuracy,format,length --resume".split()
+    train(tmp_path / "whole", *flags, main=recipes.main)  # there is nothing to resume
     folder = tmp_path / "run"
 
     def interrupt(number, *argv):
         """Start, and send the signal when two steps are done -> what was printed after them, exit code."""
-        command = [sys.executable, "-u", recipes.__file__, "--output_dir", str(folder), *argv]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        process = starting("-u", recipes.__file__, "--output_dir", folder, *argv)
         steps = (line for line in process.stdout if line.startswith("step "))
         assert next(steps) and next(steps)
         process.send_signal(number)
@@ -1877,26 +1611,29 @@ def test_a_run_that_was_stopped_and_killed_ends_as_if_it_had_not_been(train, sma
     said, code = interrupt(signal.SIGINT, *small_run, *flags)
     assert code == 0 and f"--resume --output_dir {folder}" in said
     assert g.checkpoints(folder)[-1].name == f"checkpoint-{len(jsonl(folder / 'metrics.jsonl'))}"
-    assert interrupt(signal.SIGKILL, "--resume")[1] == -signal.SIGKILL
-    assert interrupt(signal.SIGTERM, "--resume")[1] == 0 and not (folder / "final").exists()
-    recipes.main(["--resume", "--output_dir", str(folder), "--save_total_limit", "2"])
-    assert same_run(tmp_path / "whole", folder)
+    assert interrupt(signal.SIGKILL, "--resume")[1] == -signal.SIGKILL and not (folder / "final").exists()
+    (folder / "checkpoint-14.tmp/stale").mkdir(parents=True)  # what a run leaves that is killed while it saves
+    (folder / "metrics.jsonl").open("a").write('{"step": 99, "half a li')
+    for steps in "14", "14", "13":  # a run that is complete stays as it is
+        recipes.main(["--resume", "--output_dir", str(folder), "--save_total_limit", "2", "--max_steps", steps])
+        assert same_run(tmp_path / "whole", folder)
     assert [path.name for path in g.checkpoints(folder)] == ["checkpoint-12", "checkpoint-14"]
+    assert not (folder / "checkpoint-14/stale").exists()
 
 
-@pytest.mark.parametrize("room", [0.5, 1.5], ids=["weights", "state"])
-def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(room, train, tmp_path):
+def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(train, tmp_path):
     run, resource = tmp_path / "run", pytest.importorskip("resource")
     train(run, "--max_steps", 1)
     size = (run / "checkpoint-1/model.safetensors").stat().st_size
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * size), limits[1]))  # as if the disk were full
-    try:
-        with stops("cannot save", "checkpoint-2", "No space?", "intact", "--resume"):
-            train(run, "--resume")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]  # and no .tmp
+    for room in 0.5, 1.5:  # as if the disk were full: for the weights, for state/
+        resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * size), limits[1]))
+        try:
+            with stops("cannot save", "checkpoint-2", "No space?", "intact", "--resume"):
+                train(run, "--resume")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]  # and no .tmp
     train(run, "--resume")
     shutil.rmtree(run / "final")  # as if the disk had been full for it alone
     train(run, "--resume")
@@ -1904,9 +1641,10 @@ def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(room, tr
 
 
 def test_what_cannot_be_drawn_does_not_stop_training(train, tmp_path, monkeypatch, capsys):
-    write_rows(tmp_path / "text.parquet", *[dict(images=[])] * 4)
     # rows without a picture, from which the image tower alone learns nothing
-    train(tmp_path / "run", "--data", tmp_path / "text.parquet", "--eval_steps", 1, "--freeze", "llm")
+    write_rows(tmp_path / "text.parquet", *[dict(images=[])] * 4)
+    flags = "--eval_steps 1 --freeze llm --max_steps 2 --data".split()
+    train(tmp_path / "run", *flags, tmp_path / "text.parquet")
     assert same_weights(tmp_path / "run/checkpoint-1", tmp_path / "run/final")
     assert "warning" not in capsys.readouterr().err and (tmp_path / "run/rollouts.html").exists()
     monkeypatch.setattr(eval_cvbench, "draw", lambda *_: 1 / 0)
@@ -1916,83 +1654,55 @@ def test_what_cannot_be_drawn_does_not_stop_training(train, tmp_path, monkeypatc
 
 # ---- The house: one file that stands alone, and what is built around it ------------------------------------
 
-def test_the_script_trains_alone_in_an_empty_folder_under_any_name(tmp_path):
+def test_the_script_trains_alone_in_an_empty_folder_under_any_name(tmp_path, monkeypatch):
     shutil.copy(g.__file__, tmp_path / "mine.py")
-    flags = f"--model_name_or_path {g.TOY}/base --data {g.TOY} --prompts_per_step 2"
-    start = lambda steps, *more: succeed(subprocess.Popen(
-        [sys.executable, "mine.py", *flags.split(), "--max_steps", steps, *more],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))[0]
-    said = start("1")
+    flags = f"--model_name_or_path {g.TOY}/base --data {g.TOY} --prompts_per_step 2 --max_steps 1".split()
+    said, = succeed(subprocess.Popen([sys.executable, "mine.py", *flags], cwd=tmp_path, text=True,
+                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
     assert said.count("eval_cvbench.py is not here") == 1 and "step    1" in said
     run, = (tmp_path / "runs").iterdir()
     assert {path.name for path in run.iterdir()} == {".lock", "config.json", "metrics.jsonl", "checkpoint-1", "final"}
-    start("2", "--resume", "--output_dir", str(run))
+    find = importlib.util.find_spec
+    with monkeypatch.context() as alone:
+        alone.setattr(importlib.util, "find_spec", lambda name, *rest: name != "eval_cvbench" and find(name, *rest))
+        g.main(["--resume", "--output_dir", str(run), "--max_steps", "2"])
     assert [m["step"] for m in jsonl(run / "metrics.jsonl")] == [1, 2]
     assert not same_weights(run / "checkpoint-1", run / "final")
     (tmp_path / "eval_cvbench.py").write_text("import no_such_library")  # beside it, but broken: not forgiven
-    broken = subprocess.run([sys.executable, "mine.py", *flags.split()], cwd=tmp_path, capture_output=True, text=True)
-    assert broken.returncode == 1 and "no_such_library" in broken.stderr
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "eval_cvbench")
+    with pytest.raises(ModuleNotFoundError, match="no_such_library"):
+        g.main([*flags, "--output_dir", str(tmp_path / "broken")])
 
 
 def test_each_script_imports_only_what_stands_below_it():
     own = {"grpo_vision", "recipes", "prepare_sat", "eval_cvbench", "test_grpo", "make", "step", "plan"}
 
-    def imported(file):
-        """-> own modules that a file imports: at the top, and inside of functions."""
-        tree = ast.parse((g.HERE / file).read_text())
-        names = lambda node: {node.module} if isinstance(node, ast.ImportFrom) else {x.name for x in node.names}
-        kinds = ast.Import, ast.ImportFrom
-        top = set().union(*(names(node) for node in tree.body if isinstance(node, kinds)))
-        whole = set().union(*(names(node) for node in ast.walk(tree) if isinstance(node, kinds)))
-        whole |= {node.args[0].value for node in ast.walk(tree)
-                  if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module"}
-        return top & own, (whole - top) & own
+    def imported(nodes):
+        """-> own modules that are imported by these nodes of a syntax tree."""
+        found = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        found |= {x.name for node in nodes if isinstance(node, ast.Import) for x in node.names}
+        return own & (found | {node.args[0].value for node in nodes if isinstance(node, ast.Call)
+                               and getattr(node.func, "attr", "") == "import_module"})
 
-    assert imported("grpo_vision.py") == (set(), {"eval_cvbench"})
-    assert imported("recipes.py") == ({"grpo_vision"}, set())
-    for name in "eval_cvbench.py", "prepare_sat.py":
-        assert imported(name) == ({"grpo_vision", "recipes"}, set())
+    for name, at_the_top, inside in [
+            ("grpo_vision", set(), {"eval_cvbench"}), ("recipes", {"grpo_vision"}, set()),
+            *[(name, {"grpo_vision", "recipes"}, set()) for name in ("eval_cvbench", "prepare_sat")]]:
+        tree = ast.parse((g.HERE / f"{name}.py").read_text())
+        assert imported(tree.body) == at_the_top and imported([*ast.walk(tree)]) == at_the_top | inside, name
 
 
-def test_sft_logs_the_negative_log_likelihood_of_what_is_given(train, tmp_path, monkeypatch):
-    seen, step = [], recipes.sft_step
-    monkeypatch.setattr(recipes, "sft_step", lambda *args: seen.append(step(*args)) or seen[-1])
-    train(tmp_path / "run", *"--algorithm sft --rewards accuracy --max_steps 1".split(), main=recipes.main)
-    came, (metrics,) = seen[0], jsonl(tmp_path / "run/metrics.jsonl")
-    nll = -came.logps[came.rollout.completion_mask].mean().item()
-    assert metrics["nll"] == pytest.approx(nll, rel=1e-5) and metrics["loss"] == pytest.approx(-1)
-    assert came.batch.texts[0].endswith("Assistant: ") and "sampler_mismatch" not in metrics
-
-
-@pytest.mark.parametrize("tracker", ["tensorboard", "wandb"])
-def test_the_same_numbers_go_to_a_tracker(tracker, train, tmp_path, monkeypatch):
-    written = []
-    writer = SimpleNamespace(add_scalar=lambda name, value, **at: written.append((at["global_step"], name, value)),
-                             flush=lambda: None, close=lambda: written.append("closed"), add_hparams=lambda *_, **__: 0)
-    stand_in = SimpleNamespace(SummaryWriter=lambda folder: written.append(folder) or writer)
-    monkeypatch.setattr(accelerate.tracking, "get_available_trackers", lambda: [LoggerType.TENSORBOARD])
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", stand_in)
-    monkeypatch.setattr(torch.utils, "tensorboard", stand_in, raising=False)
-    if tracker == "wandb":
-        with stops("--report_to", "pip install wandb"):
-            train(tmp_path / "run", "--report_to", tracker)
-        return
-    train(tmp_path / "run", "--report_to", tracker, "--max_steps", 2)
-    folder, *values, closed = written
-    assert str(folder).startswith(str(tmp_path / "run")) and closed == "closed"
-    logged = [(m["step"], name, m[name]) for m in jsonl(tmp_path / "run/metrics.jsonl", drop="-") for name in m]
-    assert sorted(values) == sorted(logged)
-
-
-def test_small_parts_of_the_evaluation_by_hand(cvbench, tmp_path):
-    chosen = [q["id"] for q in eval_cvbench.load_questions(str(cvbench), 3)]
-    assert chosen == sorted(random.Random("questions").sample(range(5), 3)) != [0, 1, 2]
-    assert eval_cvbench.smooth([0, 3, 6, 9, 0], 3) == [1.5, 3, 6, 5, 4.5]  # fewer at the ends
-    answers = [{"correct": i < 3, "length": i, "chosen": None, "finished": True, "extracted": "", "completion": ""}
-               for i in range(4)]
-    eval_cvbench.append_score(tmp_path / "eval.jsonl", 7, "set", [{"answers": [a], "right": a["correct"]} for a in answers])
-    assert jsonl(tmp_path / "eval.jsonl") == [dict(step=7, set="set", questions=4, accuracy=75.0, mean_length=1.5,
-                                                   standard_error=pytest.approx(100 * (0.75 * 0.25 / 4) ** 0.5))]
+def test_the_same_numbers_go_to_a_tracker(train, tmp_path, monkeypatch):
+    with stops("--report_to", "pip install wandb"):
+        train(tmp_path / "run", "--report_to", "wandb")
+    begin, log, end = (create_autospec(getattr(g.Accelerator, name)) for name in (
+        "init_trackers", "log", "end_training"))
+    for name, stand_in in dict(init_trackers=begin, log=log, end_training=end).items():
+        monkeypatch.setattr(g.Accelerator, name, stand_in)
+    train(tmp_path / "run", "--max_steps", 1)
+    assert str(begin.call_args.args[0].logging_dir) == str(tmp_path / "run") and end.call_count == 1
+    (_, metrics), at = log.call_args
+    assert [metrics] == jsonl(tmp_path / "run/metrics.jsonl", drop="-") and at == dict(step=1)
 
 
 # ---- One process or many ---------------------------------------------------------------------------------
@@ -2012,6 +1722,8 @@ def sample_each(model, passes, G, C, temperature, generator):
     for prompts in passes:  # one prompt each: --encode_tokens 1
         generator = torch.Generator().manual_seed(int(prompts.input_ids.sum()))
         found.append(sample(model, [prompts], G, C * len(prompts.image_grid_thw), temperature, generator))
+        found[-1].sampling_logps += found[-1].completion_ids / 1000  # a mismatch that is not 0
+        found[-1].finished = found[-1].completion_ids[:, 0] % 2 == 0  # other shares on each process
     pad = lambda name: torch.nn.utils.rnn.pad_sequence(
         [row for one in found for row in getattr(one, name)], batch_first=True)
     return SimpleNamespace(**{name: pad(name) for name in ("completion_ids", "completion_mask", "sampling_logps")},
@@ -2019,7 +1731,7 @@ def sample_each(model, passes, G, C, temperature, generator):
                               for name in ("lengths", "finished")})
 
 def check_and_refresh(sampler, master):
-    sharded = os.environ["WORLD_SIZE"] == "2"
+    sharded = os.environ.get("WORLD_SIZE") == "2"
     assert all(isinstance(weight, DTensor) == sharded for weight in master.parameters())
     refresh(sampler, master)
 
@@ -2037,14 +1749,15 @@ g.main()
 """
 
 
-def starting(script, *flags, processes=1, machine=None):
-    """Start a script by torchrun in so many processes on this machine. machine: (index, port) of one of two that
-    meet at that port -> the launcher, running."""
-    nodes = "--standalone" if machine is None else (
-        f"--nnodes 2 --node_rank {machine[0]} --master_addr 127.0.0.1 --master_port {machine[1]}")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", *nodes.split(), "--nproc_per_node", str(processes)]
-    return subprocess.Popen([*torchrun, *map(str, (script, *flags))], text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": str(g.HERE)})
+TORCHRUN = "-m torch.distributed.run --nproc_per_node"
+ONE_MACHINE = f"{TORCHRUN} 2 --standalone"
+
+
+def starting(launcher, script, *flags):
+    """Start a script by python with the arguments of a launcher, "" for none -> the program, running."""
+    command = [sys.executable, *launcher.split(), *map(str, (script, *flags))]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                            env={**os.environ, "PYTHONPATH": str(g.HERE)})
 
 
 def succeed(*running):
@@ -2055,34 +1768,33 @@ def succeed(*running):
     return said
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def first_moments(checkpoint, file):
     dcp_to_torch_save(checkpoint, file)
     return {name: state["exp_avg"] for name, state in torch.load(file)["optimizer"]["state"].items()}
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
-def test_two_processes_with_sharded_weights_equal_one(family, worlds, small_run, tmp_path):
+def test_two_processes_with_sharded_weights_equal_one_however_they_are_started(family, worlds, small_run, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     flags = f"""--rewards accuracy,format,mine --max_completion_length 8 --score_tokens 30 --max_pixels 20000
-        --prompt base --model_name_or_path {worlds[family].folder}""".split()
-    names = ["one", "offloaded", "two", *["machines"] * (family == "qwen2_vl")]
-    start = lambda name, **how: starting(tmp_path / "worker.py", *small_run, *flags, "--output_dir", tmp_path / name,
-                                         "--cpu_offload", name == "offloaded", **how)
-    said = succeed(start("one"), start("offloaded"))
-    said += succeed(start("two", processes=2))
-    if "machines" in names:
-        port = free_port()
-        said += succeed(*(start("machines", machine=(i, port)) for i in (0, 1)))
-        assert same_run(tmp_path / "two", tmp_path / "machines")
+        --loss_type dapo --mask_truncated_completions true --prompt base
+        --model_name_or_path {worlds[family].folder}""".split()
+    start = lambda name, launcher, *more: starting(launcher, tmp_path / "worker.py", *small_run, *flags,
+                                                   "--output_dir", tmp_path / name, *more)
+    one, two, offloaded, machines = (tmp_path / name for name in ("one", "two", "offloaded", "machines"))
+    if family == "qwen3_vl":
+        said = succeed(start("one", f"{TORCHRUN} 1 --standalone"), start("two", ONE_MACHINE))
+    else:
+        said = succeed(start("one", ""), start("offloaded", "-m accelerate.commands.launch --cpu --num_processes 1",
+                                               "--cpu_offload", "true"))
+        assert same_run(one, offloaded)
+        with socket.socket() as found:
+            found.bind(("127.0.0.1", 0))
+            place = f"--nnodes 2 --master_addr 127.0.0.1 --master_port {found.getsockname()[1]} --node_rank"
+        said += succeed(start("two", ONE_MACHINE))
+        said += succeed(*(start("machines", f"{TORCHRUN} 1 {place} {rank}") for rank in (0, 1)))
+        assert same_run(two, machines)
     assert not any("view tensor" in text or "Casting" in text for text in said)
-    one, offloaded, two = (tmp_path / name for name in names[:3])
-    assert same_run(one, offloaded)
     metrics = [jsonl(run / "metrics.jsonl") for run in (one, two)]  # entropy, kl, grad_norm and others
     assert all(x == pytest.approx(y, rel=1e-6, abs=1e-9) for x, y in zip(*metrics, strict=True))
     before = weights_of(worlds[family].folder)
@@ -2097,21 +1809,6 @@ def test_two_processes_with_sharded_weights_equal_one(family, worlds, small_run,
     assert all(error(y[part], x[part]) < 1e-6 for part in x)
     lengths = [s["length"] > 8 for s in jsonl(two / "completions.jsonl")]
     assert min(lengths.count(True), lengths.count(False)) > 2  # the processes had unequal numbers of chunks
-
-
-def test_the_ways_to_start_give_the_same_bits_on_the_toy_sharded_or_not(tmp_path):
-    flags = "--max_steps 2 --prompts_per_step 2 --num_generations 4 --eval_steps 0 --save_steps 1".split()
-    starts = {"python": "", "offload": "", "torchrun": "-m torch.distributed.run --standalone",
-              "accelerate": "-m accelerate.commands.launch --cpu --num_processes 1"}
-    running = {}
-    for name, start in starts.items():  # all at once
-        command = [sys.executable, *start.split(), g.__file__, *flags, "--output_dir", str(tmp_path / name),
-                   "--cpu_offload", str(name == "offload")]
-        running[name] = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    for name, process in running.items():
-        assert process.communicate() and process.returncode == 0, name
-        assert same_run(tmp_path / "python", tmp_path / name), name
-    assert not same_weights(tmp_path / "python/checkpoint-1", tmp_path / "python/final")
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------
@@ -2138,17 +1835,15 @@ def contents(folder):
 def test_all_modes_are_asked_in_the_papers_words(evaluate, evaluated, worlds, tmp_path, capsys):
     ending = "\nOutput the thinking process in <think> </think> and final answer in <answer> </answer> tags."
     user = lambda text: "<|im_start|>user\n" + g.IMAGE_TOKENS + text + "<|im_end|>\n<|im_start|>assistant\n"
-    base = lambda text, name: g.IMAGE_TOKENS + g.TEMPLATES[name].format(question=text)
-    asked = {"base-reasoning": lambda text: base(text, "base"), "instruct-direct": user,
-             "base-direct": lambda text: base(text, "base-direct"),
-             "instruct-reasoning": lambda text: user(text + ending)}
+    asked = {"base-reasoning": lambda text: g.IMAGE_TOKENS + g.TEMPLATES["base"].format(question=text),
+             "base-direct": lambda text: g.IMAGE_TOKENS + g.TEMPLATES["base-direct"].format(question=text),
+             "instruct-direct": user, "instruct-reasoning": lambda text: user(text + ending)}
     folders = evaluate(tmp_path, "--modes", "all", "--model", worlds["qwen2_5_vl"].folder)
     printed = capsys.readouterr().out
     for word in "Count Relation Depth Distance ADE20K COCO Omni3D total 2D 3D official unparsed".split():
         assert f"| {word} " in printed
     assert folders.keys() == asked.keys() and sorted(evaluated) == ["base-direct", "base-reasoning"]
     for mode, folder in [*folders.items(), *evaluated.items()]:
-        assert {path.suffix for path in folder.iterdir()} == {".jsonl", ".json", ".html"}
         records = jsonl(folder / "answers.jsonl")
         assert [r["id"] for r in records] == [0, 1, 2, 3, 4] and {r["answer"] for r in records} == {"4"}
         assert [r["prompt"] for r in records] == [asked[mode](cvbench_text(n)) for n in (2, 3, 6, 4, 5)]
@@ -2160,22 +1855,18 @@ def test_held_out_and_free_questions_are_asked_as_in_training(sat, worlds, evalu
     for q, row in zip(eval_cvbench.load_questions(str(sat / "train.parquet")), rows, strict=True):
         for template, family in ("base", "qwen2_vl"), ("instruct", "qwen2_5_vl"):
             tokenizer = worlds[family].tokenizer
-            assert eval_cvbench.prompt_text(q, f"{template}-reasoning", tokenizer) == g.render(
-                row, template, tokenizer)
+            asked = eval_cvbench.prompt_text(q, f"{template}-reasoning", tokenizer)
+            assert asked == g.render(row, template, tokenizer)
         assert (q["answer"], q["options"]) == (row["answer"], row["options"])
     write_rows(tmp_path / "free.parquet", dict(options=[], answer="$0.5$"))
     folder = evaluate(tmp_path / "results", "--data", tmp_path / "free.parquet")["base-reasoning"]
     assert json.loads((folder / "summary.json").read_text())["scores"]["total"]["chance"] == 0
-    record = jsonl(folder / "answers.jsonl")[0]
-    record["answers"][0]["completion"] = r"<answer> \frac{1}{2} </answer>"
-    assert eval_cvbench.with_verdicts(record, False)["answers"][0]["correct"]  # by mathematics too
 
 
 def test_asking_prints_the_sampled_answer(world, tmp_path, capsys):
     ask = lambda *flags: eval_cvbench.main(["--model", world.folder, "--max_new_tokens", "5", *flags])
-    all_stop(lambda flags: ask(*flags), {
-        "--ask ? --image none.png": "none.png", "--image a.png": "--ask", "--ask ": "--ask",
-        "--ask <|image_pad|>?": "--ask special --image", "--ask <|im_end|>": "--ask special"})
+    all_stop(lambda flags: ask(*flags), {"--ask ? --image none.png": "none.png", "--image a.png": "--ask",
+                                         "--ask ": "--ask", "--ask <|image_pad|>?": "--ask special --image"})
     picture(84, 56).save(tmp_path / "a.png")
     said = []
     for flags in "--seed 0", "--seed 0", "--seed 1", "--temperature 0":
@@ -2186,34 +1877,19 @@ def test_asking_prints_the_sampled_answer(world, tmp_path, capsys):
     assert said[0] == said[1] and len(set(said)) == 3  # the model's own generation_config has top_k 1
 
 
-def test_a_served_base_model_gets_the_base_prompt(world):
-    tokenizer, text = copy.deepcopy(world.tokenizer), "Which?\n(A) left"
-    tokenizer.chat_template = g.SERVED_PROMPT
-    part, image = {"type": "text", "text": text}, {"type": "image"}
-    for images, content in (0, text), (0, [part]), (1, [image, part]), (2, [image, image, part]):
-        turn = [{"role": "user", "content": content}]
-        asked = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        assert asked == g.render(dict(question=text, options=None, images=[None] * images), "base", None)
-
-
-def answered(verdicts):
-    """{source: [right or not]} -> records"""
-    return [{"task": "Depth" if source == "Omni3D" else "Count", "source": source,
-             "options": list("abcd")[:2 if source == "Omni3D" else 4], "right": right, "answers": [{
-                 "correct": bool(right), "chosen": "a" if right else None, "length": 10 + right,
-                 "extracted": "(A)" if right else "a", "completion": "<answer>wait</answer>" if right else "",
-                 "finished": source != "COCO"}]}
-            for source, rights in verdicts.items() for right in rights]
-
-
-def graded(*verdicts):
+def graded(*verdicts, **more):
     """-> records of questions with two options, each by the verdicts on its answers."""
-    return [{"answers": [*rights], "right": sum(rights), "options": "ab", "task": "t", "source": "s"}
-            for rights in verdicts]
+    right = dict(correct=True, chosen="a", length=11, extracted="(A)", completion="<answer>wait</answer>")
+    wrong = dict(correct=False, chosen=None, length=10, extracted="a", completion="")
+    finished = more.get("source") != "COCO"
+    return [{"options": "ab", "task": "Depth", "source": "Omni3D", **more, "right": sum(each), "answers": [
+        (right if verdict else wrong) | dict(finished=finished) for verdict in each]} for each in verdicts]
 
 
-def test_scores_by_hand():
-    records = answered({"ADE20K": [1, 0], "COCO": [1, 1, 1, 0], "Omni3D": [1, 0, 0, 0, 0]})
+def test_scores_by_hand(cvbench, tmp_path):
+    count = dict(task="Count", options="abcd")
+    records = (graded([1], [0], source="ADE20K", **count) + graded([1], [1], [1], [0], source="COCO", **count)
+               + graded([1], [0], [0], [0], [0]))
     scores, half = eval_cvbench.scores_of(records), 500 / 11  # 5 right of 11
     assert {name: s.value for name, s in scores.items()} == pytest.approx(
         {"Count": 400 / 6, "Depth": 20, "ADE20K": 50, "COCO": 75, "Omni3D": 20, "total": half, "2D": 62.5,
@@ -2223,13 +1899,20 @@ def test_scores_by_hand():
     assert eval_cvbench.rates_of(records) == pytest.approx({
         "unparsed": 600 / 11, "truncated": 400 / 11, "one answer block": half,
         "reflection word": half, "mean length": 10 + 5 / 11})
+    eval_cvbench.append_score(tmp_path / "eval.jsonl", 7, "set", records)
+    assert jsonl(tmp_path / "eval.jsonl") == [dict(
+        step=7, set="set", questions=11, accuracy=pytest.approx(half), mean_length=pytest.approx(10 + 5 / 11),
+        standard_error=pytest.approx(100 * (5 / 11 * 6 / 11 / 11) ** 0.5))]
+    assert eval_cvbench.smooth([0, 3, 6, 9, 0], 3) == [1.5, 3, 6, 5, 4.5]  # fewer at the ends
+    chosen = [q["id"] for q in eval_cvbench.load_questions(str(cvbench), 3)]
+    assert chosen == sorted(random.Random("questions").sample(range(5), 3)) != [0, 1, 2]
+
+
+def test_intervals_and_the_sign_test_by_hand():
     for right, low, high in (8, 49.02, 94.33), (0, 0, 27.75):  # Wilson's intervals of 8 and of 0 in 10
         score = eval_cvbench.score_of([(1, graded(*([i < right] for i in range(10))))])
         assert (score.low, score.high) == pytest.approx((low, high), abs=0.01)
-
-
-def test_the_interval_of_many_answers_is_the_normal_one_and_the_sign_test_counts_all_ways():
-    shares = [(1 / 4, 0.9, 3000), (1 / 4, 0.8, 4000), (1 / 2, 0.2, 6000)]
+    shares = [(1 / 4, 0.9, 3000), (1 / 4, 0.8, 4000), (1 / 2, 0.2, 6000)]  # many answers: the normal interval
     found = eval_cvbench.score_of([(weight, graded(*([i < p * n] for i in range(n)))) for weight, p, n in shares])
     error = 100 * sum(weight**2 * p * (1 - p) / n for weight, p, n in shares) ** 0.5
     assert [found.low, found.high] == pytest.approx([52.5 - 1.96 * error, 52.5 + 1.96 * error], abs=0.02)
@@ -2246,53 +1929,33 @@ def test_pass_at_k_is_the_share_of_samples_of_k_that_hold_a_right_answer():
     assert [*scores][:3] == ["pass@1", "pass@2", "pass@4"] and scores["pass@1"].value == scores["total"].value == 50
     for k in 1, 2, 4:
         each = [sum(map(any, itertools.combinations(rights, k))) / math.comb(4, k) for rights in verdicts]
-        assert scores[f"pass@{k}"].value == pytest.approx(25 * sum(each))
-        assert scores[f"pass@{k}"].chance == pytest.approx(100 * (1 - 0.5**k))
+        _, value, _, _, chance = scores[f"pass@{k}"]
+        assert (value, chance) == pytest.approx((25 * sum(each), 100 * (1 - 0.5**k)))
     # the interval is over questions: copies of an answer tell nothing new, 100 times as many questions do
     interval = lambda records: eval_cvbench.scores_of(records)["total"][2:4]
     assert interval(graded([True] * 4, [False] * 4)) == pytest.approx(interval(graded([True], [False])))
-    low, high = interval(graded(*verdicts * 100))
     error = 100 * (sum((sum(rights) / 4 - 0.5) ** 2 for rights in verdicts) / 4 / 400) ** 0.5
-    assert (low, high) == pytest.approx((50 - 1.96 * error, 50 + 1.96 * error), abs=0.05)
-
-
-def test_several_answers_to_each_question_are_kept_together_and_resumed(evaluate, tmp_path, monkeypatch):
-    flags = "--num_generations 5 --temperature 1 --batch_size 10".split()
-    whole, append, asked = evaluate(tmp_path / "whole", *flags), eval_cvbench.append_jsonl, []
-    assert [*whole] == ["base-reasoning-pass@5"]
-    whole = contents(*whole.values())
-    records = [json.loads(line) for line in whole["answers.jsonl"].splitlines()]
-    assert [len(r["answers"]) for r in records] == [5] * 5
-    assert all(len({a["completion"] for a in r["answers"]}) > 1 for r in records)
-    assert [*json.loads(whole["summary.json"])["scores"]][:4] == ["pass@1", "pass@2", "pass@4", "pass@5"]
-
-    def killed(path, records):
-        append(path, records)
-        asked.extend(records)
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(eval_cvbench, "append_jsonl", killed)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate(tmp_path / "killed", *flags)
-    found, = evaluate(tmp_path / "killed", *flags).values()
-    assert len(asked) == 5 and contents(found) == whole  # the same samples as without the kill
-    with stops("--num_generations 5", "--temperature"):
-        evaluate(tmp_path / "none", "--num_generations", "5")
+    assert interval(graded(*verdicts * 100)) == pytest.approx((50 - 1.96 * error, 50 + 1.96 * error), abs=0.05)
 
 
 def test_the_papers_rows_need_the_published_counts():
     of_each = {("Count", "ADE20K"): 633, ("Count", "COCO"): 155, ("Relation", "COCO"): 650,
                ("Depth", "Omni3D"): 600, ("Distance", "Omni3D"): 600}
-    records = [record | {"task": task} for (task, source), n in of_each.items()
-               for record in answered({source: [1] * n})]
+    records = [record for (task, source), n in of_each.items()
+               for record in graded(*[[1]] * n, task=task, source=source)]
     *_, table = eval_cvbench.tables_of(records)
-    assert ["base + GRPO", "59.64", "66.76", "54.16", "56.66", "59.47"] in table and len(table) == 9
+    assert ["base + GRPO", "59.64", "66.76", "54.16", "56.66", "59.47"] in table and len(table) == 6
     assert table[1] == ["here", *["100.00"] * 5] and len(eval_cvbench.tables_of(records[1:])) == 2
 
 
-def test_a_killed_or_second_start_asks_what_is_missing(evaluate, evaluated, tmp_path, monkeypatch):
-    whole, append, asked = contents(evaluated["base-reasoning"]), eval_cvbench.append_jsonl, []
+@pytest.mark.parametrize("flags", ["", "--num_generations 5 --temperature 1 --batch_size 10"])
+def test_a_killed_or_second_start_asks_what_is_missing(flags, evaluate, tmp_path, monkeypatch):
+    (mode, folder), = evaluate(tmp_path / "whole", *flags.split()).items()
+    whole, append, asked = contents(folder), eval_cvbench.append_jsonl, []
+    n, expected = (5, "base-reasoning-pass@5") if flags else (1, "base-reasoning")
+    answers = [record["answers"] for record in jsonl(folder / "answers.jsonl")]
+    assert mode == expected and [(len(some), len({a["completion"] for a in some}) > 1) for some in answers] == [
+        (n, n > 1)] * 5
 
     def killed(path, records):
         append(path, records)
@@ -2302,21 +1965,21 @@ def test_a_killed_or_second_start_asks_what_is_missing(evaluate, evaluated, tmp_
 
     monkeypatch.setattr(eval_cvbench, "append_jsonl", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(tmp_path)
-    folder, = tmp_path.iterdir()
+        evaluate(tmp_path / "killed", *flags.split())
+    folder, = (tmp_path / "killed").iterdir()
     for rank in 0, 1:  # two processes, killed in a line
         (folder / f"answers.rank{rank}.jsonl").open("a").write(whole["answers.jsonl"][:40])
     for _ in range(2):
-        evaluate(tmp_path)
-        assert len(asked) == 5 and contents(folder) == whole
+        evaluate(tmp_path / "killed", *flags.split())
+        assert len(asked) == 5 and contents(folder) == whole  # the same samples as without the kill
     (folder / "answers.jsonl").write_text("{\n" + whole["answers.jsonl"])
     with stops("answers.jsonl", "line", "not JSON"):
-        evaluate(tmp_path)
+        evaluate(tmp_path / "killed", *flags.split())
 
 
 def test_two_processes_give_the_results_of_one(evaluate, evaluated, tmp_path, monkeypatch):
     monkeypatch.setattr(eval_cvbench, "main", lambda argv: succeed(
-        starting(g.HERE / "eval_cvbench.py", *argv, processes=2)))
+        starting(ONE_MACHINE, g.HERE / "eval_cvbench.py", *argv)))
     found, one = evaluate(tmp_path)["base-reasoning"], evaluated["base-reasoning"]
     assert found.name == one.name and contents(found) == contents(one)
 
@@ -2327,26 +1990,29 @@ def test_other_weights_settings_or_questions_have_a_folder_of_their_own(evaluate
     for flags in ["", "--max_new_tokens 5", "--limit 3", "--temperature 1", "--temperature 1 --seed 1",
                   "--max_pixels 9999"]:
         ask(*flags.split())
-    edit_weights(tmp_path / "tiny", lambda weights: weights["model.norm.weight"][3].add_(1))  # trained again
+    weights = weights_of(tmp_path / "tiny")
+    weights["model.norm.weight"][3].add_(1)  # trained again
+    save_file(weights, tmp_path / "tiny/model.safetensors", metadata={"format": "pt"})
     ask()
     assert len(list((tmp_path / "results").iterdir())) == 7
 
 
 def test_a_second_start_grades_anew_and_comparing_takes_files(evaluate, tmp_path, capsys):
     said = ["The answer is (B)", "<answer>4</answer>", "4", "<answer>2</answer> <answer>4</answer>", ""]
-    for name, strict, right in ("direct", 1, [0, 0, 1, 0, 0]), ("reasoning", 0, [1, 1, 1, 1, 0]), (
-            "reasoning", 1, [0, 1, 0, 0, 0]):
-        flags = ["--modes", name, *["--strict"] * strict]
-        file = next(iter(evaluate(tmp_path / f"{name}{strict}", *flags).values())) / "answers.jsonl"
-        records = jsonl(file)
-        for record, text in zip(records, said, strict=True):
-            record["answers"][0] |= {"completion": text, "correct": None, "chosen": "?"}
-        eval_cvbench.write_jsonl(file, records)
-        evaluate(tmp_path / f"{name}{strict}", *flags)
-        assert [r["answers"][0]["correct"] for r in jsonl(file)] == right
-    a, b, c = file, tmp_path / "b.jsonl", tmp_path / "c.jsonl"
-    verdict = lambda r: {"answers": [r["answers"][0] | {"correct": r["id"] > 1}]}
-    eval_cvbench.write_jsonl(b, [r | verdict(r) for r in jsonl(a)[1:]])
+    file = next(iter(evaluate(tmp_path / "results").values())) / "answers.jsonl"
+    records = jsonl(file)
+    for record, text in zip(records, said, strict=True):
+        record["answers"][0] |= {"completion": text, "correct": None, "chosen": "?"}
+    eval_cvbench.write_jsonl(file, records)
+    evaluate(tmp_path / "results")
+    verdicts = lambda records: [r["answers"][0]["correct"] for r in records]
+    assert verdicts(jsonl(file)) == [1, 1, 1, 1, 0]
+    for mode, right in ("base-reasoning", [0, 1, 0, 0, 0]), ("base-direct", [0, 0, 1, 0, 0]):
+        assert verdicts(eval_cvbench.with_verdicts(r | dict(mode=mode), strict=True) for r in records) == right
+    a, b, c = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"
+    judged = lambda r, right: r | {"right": int(right)}
+    eval_cvbench.write_jsonl(a, [judged(r, r["id"] == 1) for r in records])
+    eval_cvbench.write_jsonl(b, [judged(r, r["id"] > 1) for r in records[1:]])
     eval_cvbench.write_jsonl(c, [r | {"question": "?"} for r in jsonl(b)])
     capsys.readouterr()
     eval_cvbench.main(["--compare", str(a), str(b)])
@@ -2367,20 +2033,17 @@ def read_page(path):
 def test_pages_are_self_contained_and_show_markup_as_text(cvbench, evaluated, trained, tmp_path):
     evil = "</pre></td></table><script>alert('x')</script><img src=x onerror=alert(1)> & <b> {body} %s"
     questions = [q | {"options": [evil]} for q in eval_cvbench.load_questions(str(cvbench))]
-    records = [r | {"task": "Count <i>"} for r in jsonl(evaluated["base-direct"] / "answers.jsonl")]
-    for record in records:
-        record["answers"][0] |= {"completion": evil, "extracted": evil, "chosen": evil}
+    records = [r | {"task": "Count <i>", "answers": [r["answers"][0] | dict.fromkeys(
+        ("completion", "extracted", "chosen"), evil)]} for r in jsonl(evaluated["base-direct"] / "answers.jsonl")]
     for most in 2, 25:
         eval_cvbench.write_report(tmp_path, evil, records, questions, most)
         tags, text = read_page(tmp_path / "report.html")
         assert tags["img"] == min(5, most) and not tags["script"] and not tags["b"] and not tags["i"]
         assert f"5 without a right answer, {min(5, most)} of them shown" in text
     assert text.count(evil) >= 16
-    groups = jsonl(trained / "rollouts.jsonl")
-    for group in groups:
-        group |= dict(question=evil, answer=evil, options=[evil] * 2)
-        for completion in group["completions"]:
-            completion |= dict(tokens=[evil] * len(completion["tokens"]), prefill=evil)
+    groups = [group | dict(question=evil, answer=evil, options=[evil] * 2, completions=[
+        one | dict(tokens=[evil] * len(one["tokens"]), prefill=evil) for one in group["completions"]])
+        for group in jsonl(trained / "rollouts.jsonl")]
     eval_cvbench.write_jsonl(tmp_path / "rollouts.jsonl", groups)
     eval_cvbench.write_rollouts(tmp_path)
     (tags, text), (usual, _) = read_page(tmp_path / "rollouts.html"), read_page(trained / "rollouts.html")
@@ -2399,76 +2062,56 @@ def test_a_run_is_drawn_again_from_its_folder_alone(trained, tmp_path):
     all_stop(eval_cvbench.main, {f"--draw {tmp_path}/none": f"--draw {tmp_path}/none"})
 
 
-def test_the_page_says_what_the_update_did_to_each_token(world, sat, train, tmp_path, monkeypatch):
+def test_the_page_says_what_the_update_did_to_each_token(world, trained, shown):
     """Against transformers' own model, of the start and of the checkpoint after each of the steps."""
-    shown, seen = eval_cvbench.shown_groups, []
-    keep = lambda run, step, came, after: seen.append((run, came)) or shown(run, step, came, after)
-    monkeypatch.setattr(eval_cvbench, "shown_groups", keep)
-    train(tmp_path / "run", "--rewards", "letters")
-    folders = [world.folder, *(tmp_path / f"run/checkpoint-{step}" for step in (1, 2, 3))]
+    folders = [world.folder, *(trained / f"checkpoint-{step}" for step in (1, 2, 3))]
     models = [AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval() for folder in folders]
-    groups = jsonl(tmp_path / "run/rollouts.jsonl")
+    groups = jsonl(trained / "rollouts.jsonl")
     assert [group["step"] for group in groups] == [1, 1, 2, 2, 3, 3]  # 4, 8, ... and the last
     for group, place in zip(groups, [0, 1] * 3):
-        run, came = seen[group["step"] - 1]
-        texts, pictures = [came.batch.texts[place]], [came.batch.images[place]]
-        prompt = g.build_prompts(texts, pictures, run.tokenizer, run.image_processor, world.model)
-        for one, i in zip(group["completions"], range(4 * place, 4 * place + 4)):
+        run, came = shown[group["step"] - 1]
+        prompt = g.build_prompts([came.batch.texts[place]], [came.batch.images[place]], run.tokenizer,
+                                 run.image_processor, world.model)
+        for one, i in zip(group["completions"], range(4 * place, 4 * place + 4), strict=True):
             ids = came.rollout.completion_ids[i, came.rollout.completion_mask[i]]
-            whole = torch.cat([prompt.input_ids[0], ids])[None]
-            inputs = dict(input_ids=whole, pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw,
-                          mm_token_type_ids=(whole == world.model.config.image_token_id).int())
-            for name, model in dict(reference=models[0], before=models[group["step"] - 1],
-                                    after=models[group["step"]]).items():
+            for name, number in ("reference", 0), ("before", group["step"] - 1), ("after", group["step"]):
                 with torch.no_grad():
-                    logits = model(**inputs).logits[0, len(prompt.input_ids[0]) - 1:-1]
-                logps = logits.masked_fill(world.model.suppressed, -1e30).log_softmax(-1)
-                expected = logps.gather(-1, ids[:, None])[:, 0].tolist()
+                    expected = world.alone(models[number], prompt, ids).gather(-1, ids[:, None])[:, 0].tolist()
                 assert one[name] == pytest.approx(expected, abs=2e-4)
             assert one["tokens"] == [run.tokenizer.decode([token]) for token in ids.tolist()]
         assert any(abs(after - before) > 1e-3 for one in group["completions"]
                    for before, after in zip(one["before"], one["after"]))
-    page = (tmp_path / "run/rollouts.html").read_text()
-    first = groups[0]["completions"][0]
+    page, first = (trained / "rollouts.html").read_text(), groups[0]["completions"][0]
     numbers = [math.exp(first[name][0]) for name in ("before", "after", "reference")]
     assert 'data-p="before: {:.3f}\nafter: {:.3f}\nreference: {:.3f}"'.format(*numbers) in page
 
 
-# a fault in a row of CV-Bench's, and words of the sentence
-FAULTS = [
-    (dict(image=dict(bytes=NO_JPEG, path=None)), "read"), (dict(image=None), "image"),
+FAULTS = [  # in a row of CV-Bench's, and words of the sentence
+    (dict(image=dict(bytes=NO_JPEG, path=None)), "read"), (dict(image=None), "image"), (dict(answer=1), "answer 1"),
     (dict(image=dict(bytes=None, path="none.jpg")), "none.jpg"), (dict(answer="(D)"), "answer '(D)'"),
-    (dict(answer=None), "answer None"), (dict(answer="B"), "answer 'B'"), (dict(answer=""), "answer ''"),
-    (dict(choices=None), "answer"), (dict(choices=[]), "answer"), (dict(choices=["3", None]), "option"),
-    (dict(choices=["3", " "]), "option"), (dict(choices="['3', '4']"), "no list"), (dict(prompt=None), "question"),
-    (dict(answer=1), "answer 1"), (dict(answer=7.5), "answer 7.5")]
+    (dict(answer=None), "answer None"), (dict(answer="B"), "answer 'B'"), (dict(choices=[]), "answer"),
+    (dict(choices=["3", " "]), "option"), (dict(choices="['3', '4']"), "no list"), (dict(prompt=None), "question")]
 
 
 def test_evaluation_data_with_faults_stops(cvbench, evaluate, tmp_path):
     table, cases = pq.read_table(cvbench / "test_2d.parquet"), {}
     good, bad, *_ = table.to_pylist()
-    for number, (fault, words) in enumerate(FAULTS):
+    faulty = [(pa.Table.from_pylist([bad | fault]), f"row 0 {words}") for fault, words in FAULTS]
+    faulty += [(table.drop_columns(["prompt"]), "'prompt'"), (table.slice(0, 0), "no rows")]
+    for number, (rows, words) in enumerate(faulty):
         path = tmp_path / f"{number}.parquet"
-        pq.write_table(pa.Table.from_pylist([bad | fault]), path)
-        cases[f"--data {path}"] = f"{path}, row 0 {words}"
-    pq.write_table(table.drop_columns(["prompt"]), tmp_path / "less.parquet")
-    pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
-    (tmp_path / "toy").mkdir()
-    shutil.copy(cvbench / "test_2d.parquet", tmp_path / "toy/test.parquet")
-    write_rows(tmp_path / "toy/train.parquet", {})
+        pq.write_table(rows, path)
+        cases[f"--data {path}"] = f"{path} {words}"
     write_rows(tmp_path / "own.parquet", dict(answer=""), {})
-    (tmp_path / "file").write_text("")
     all_stop(lambda flags: evaluate(tmp_path / "results", *flags), cases | {
         "--modes instruct-direct": "--modes instruct-direct base-reasoning base-direct",
-        "--temperature -1": "--temperature", "--limit 0": "--limit",
-        f"--data {tmp_path}/none.parquet": "none.parquet no rows", f"--data {tmp_path}/own.parquet": "row 0 answer",
-        f"--data {tmp_path}/toy": "toy training data test.parquet",
-        f"--output_dir {tmp_path}/file/x": "--output_dir written",
-        f"--data {tmp_path}/less.parquet": "less.parquet 'prompt'", "--data no/such/file": "no/such/file"})
+        "--temperature -1": "--temperature", "--limit 0": "--limit", "--num_generations 5": "5 --temperature",
+        f"--data {tmp_path}/own.parquet": "own.parquet, row 0 answer", "--data no/such/file": "no/such/file",
+        f"--data {g.TOY}": "toy training data test.parquet", f"--output_dir {path}/x": "--output_dir written"})
     assert not list((tmp_path / "results").rglob("answers*"))  # before the first answer
-    images = [dict(bytes=ONE, path=None)] * 2
-    rows = [bad | dict(image=images, choices=[3, 4], answer="(B)", task=7), good | dict(image=images[:1])]
-    pq.write_table(pa.Table.from_pylist([row | dict(choices=[3, 4], task=7) for row in rows]), tmp_path / "odd.parquet")
+    numbers, image = dict(choices=[3, 4], answer="(B)", task=7), dict(bytes=ONE, path=None)
+    rows = [bad | numbers | dict(image=[image] * 2), good | numbers | dict(image=[image])]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "odd.parquet")
     one, _ = eval_cvbench.load_questions(str(tmp_path / "odd.parquet"))
     assert (one["options"], one["answer"], one["task"], len(one["images"])) == (["3", "4"], "4", "7", 2)
 
@@ -2491,8 +2134,7 @@ def test_toy_scenes_are_new_and_answers_true():
         if question := make.ask(scene, kind, rng):
             words = re.findall(r"\w+", question.sat)
             things = sorted((x for x in scene if x.name in words), key=lambda x: words.index(x.name))
-            assert question.answer == TRUTHS[kind](*things) and question.answer in question.options
-            assert len(set(question.options)) == len(question.options)
+            assert question.answer == TRUTHS[kind](*things) and question.options.count(question.answer) == 1
             asked[kind] += 1
     assert all(asked[kind] > 30 for kind in make.TASKS)
 
@@ -2504,28 +2146,22 @@ def test_the_committed_toy_is_what_make_draws():
         return row | dict(pixels=Image.open(io.BytesIO(image["bytes"])).tobytes())
 
     rng, seen = random.Random(0), set()
-    expected = {"test.parquet": make.sat_rows(512, rng, seen)}
-    for name, kinds, sources in make.CVBENCH_FILES:
-        expected[f"cvbench/{name}"] = make.cvbench_rows(kinds, name, sources, 96, rng, seen)
-    expected["train.parquet"] = make.sat_rows(2048, rng, seen)
-    for name, rows in expected.items():
-        made, found = list(rows), pq.read_table(g.TOY / name).to_pylist()  # here rng and seen move on
+    sets = [("test.parquet", lambda: make.sat_rows(512, rng, seen))]
+    sets += [(f"cvbench/{name}", partial(make.cvbench_rows, kinds, name, sources, 96, rng, seen))
+             for name, kinds, sources in make.CVBENCH_FILES]
+    for name, draw in [*sets, ("train.parquet", lambda: make.sat_rows(2048, rng, seen))]:
+        made, found = list(draw()), pq.read_table(g.TOY / name).to_pylist()
         assert len(found) == len(made)
         assert [*map(with_pixels, found[::40])] == [*map(with_pixels, made[::40])]
     assert Image.open(g.TOY / "legend.png").tobytes() == make.paint_legend().tobytes()
     assert sum(path.stat().st_size for path in g.TOY.rglob("*") if path.is_file()) < 8e6
 
 
-@pytest.mark.parametrize("zeroed", [False, True], ids=["rewarded", "control"])
-def test_the_toy_learns_from_its_rewards(zeroed, tmp_path, monkeypatch):
-    """A control with advantages of 0 stays where it was: it is the reward that teaches."""
-    advantages = g.group_advantages
-    monkeypatch.setattr(g, "group_advantages", lambda *args: advantages(*args) * (not zeroed))
+def test_the_toy_learns_from_its_rewards(tmp_path):
     g.main(f"""--max_steps 30 --learning_rate 2e-4 --prompts_per_step 8 --eval_steps 0 --beta 0
         --output_dir {tmp_path}/run""".split())
     accuracy = [m["rewards/accuracy"] for m in jsonl(tmp_path / "run/metrics.jsonl")]
-    gain = sum(accuracy[-5:]) / 5 - sum(accuracy[:5]) / 5
-    assert abs(gain) < 0.1 if zeroed else gain > 0.2
+    assert sum(accuracy[-5:]) / 5 - sum(accuracy[:5]) / 5 > 0.2
 
 
 def test_every_flag_metric_and_file_in_the_readmes_exists(capsys, trained):
