@@ -346,10 +346,10 @@ def seeds(args):
         if seed:
             run(data.name, TOY / "make.py", "--seed", seed, "--out", data)
         sets, name = f"--eval_data {data}/cvbench,{data}/test.parquet" if seed else "", f"seed-{seed}"
-        seconds = train(name, f"--seed {seed} {sets}", base=data / "base", data=data)
+        train(name, f"--seed {seed} {sets}", base=data / "base", data=data)
         before, after = (answer(f"{name}-{when}", model, data) for when, model in
                          (("base", data / "base"), ("grpo", FOLDER / name / "final")))
-        return [row(f"seed {seed}: base", [before]), row(f"GRPO, {seconds} CPU-seconds", [after])]
+        return [row(f"seed {seed}: base", [before]), row(f"seed {seed}: GRPO", [after])]
 
     return sum(each(args, one, ["seeds"])["seeds"], [HEAD])
 
