@@ -91,7 +91,7 @@ HEAD = ("| | sampled: held-out, % | one block, % | tokens | greedy: held-out, % 
 # ---- Runs, each made once --------------------------------------------------------------------------------
 
 def run(name, *command):
-    """Run python, unless it was run before -> CPU-seconds. The log is FOLDER/NAME.log and ends in them."""
+    """Run python, unless it was run before. The log is FOLDER/NAME.log and ends in the CPU-seconds that it took."""
     log = FOLDER / f"{name}.log"
     if not log.exists() or "CPU-seconds" not in log.read_text():
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -102,13 +102,12 @@ def run(name, *command):
             if status:
                 raise SystemExit(f"error: {name} failed, see {log}")
             file.write(f"\nCPU-seconds {usage.ru_utime + usage.ru_stime:.0f}\n")
-    return int(log.read_text().split()[-1])
 
 
 def train(name, flags, change="", base=TOY / "base", data=TOY):
-    """A run of recipes.py into FOLDER/NAME -> CPU-seconds."""
-    return run(name, "-c", f"import grpo_vision as g, recipes; {change or 'pass'}; recipes.main()", "--data", data,
-               "--model_name_or_path", base, *flags.split(), "--output_dir", FOLDER / name)
+    """A run of recipes.py into FOLDER/NAME."""
+    run(name, "-c", f"import grpo_vision as g, recipes; {change or 'pass'}; recipes.main()", "--data", data,
+        "--model_name_or_path", base, *flags.split(), "--output_dir", FOLDER / name)
 
 
 def evaluate(name, model, data, *flags):
