@@ -32,7 +32,7 @@ A group shares its image and prompt. Sampling, reference and update each encode 
     policy <--stage 2 of backward--'<--stage 1-- loss <--score under policy and reference-------'
 
 Tensor lines end in their shape: # (N, C). `cfg` holds the settings (`Config`), and `run` what `setup` makes
-of them: data, models (`build_models`), optimizer. policy(encode, x) is encode(model, x), within FSDP's hooks.
+of them: data, models (`build_models`), optimizer. policy(f, x) is f(model, x), within FSDP's hooks.
 
     python grpo_vision.py                                             # the toy: a laptop, offline, 2 minutes
     python grpo_vision.py --preset sat                                # Qwen2-VL-2B on SAT, on one GPU
@@ -210,7 +210,7 @@ def sample(model, passes, num_generations, limit, temperature, generator=None):
 
 def draw_completions(run, cfg, step, batch):
     """Sample G completions per prompt from the policy -> a rollout (see `sample`) with their texts."""
-    # set by seed, step and process alone, so a resumed run replays nothing
+    # set by seed, step and process alone, so a resumed run needs no replay
     seed = random.Random(f"{cfg.seed}/sample/{step}/{run.accelerator.process_index}").getrandbits(63)
     generator = torch.Generator(run.sampler.device).manual_seed(seed)
     rollout = sample(run.sampler, batch.passes, cfg.num_generations, cfg.max_completion_length,
@@ -389,7 +389,7 @@ def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advanta
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))   # (K, C)
     per_token_loss = -torch.min(ratio * A, clipped * A)                                           # (K, C)
     # kl = pi_ref / pi - log(pi_ref / pi) - 1, called k3, never negative. Over tokens of pi its value averages
-    # KL(pi || pi_ref), its gradient that of KL(pi_ref || pi): autograd is blind to the sampling's part of pi
+    # KL(pi || pi_ref), its gradient that of KL(pi_ref || pi): autograd does not see that pi also samples
     kl = torch.zeros_like(ratio)
     if beta > 0:
         log_ref_over_pi = ref_per_token_logps - per_token_logps                                   # (K, C)
