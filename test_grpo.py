@@ -288,7 +288,6 @@ def train(small_run):
     """train(output_dir, *flags): the small run; flags override."""
     def run(output_dir, *more, main=g.main):
         main([*small_run, "--output_dir", str(output_dir), *map(str, more)])
-    run.flags = small_run
     return run
 
 
@@ -411,7 +410,7 @@ OPTIONS = ["right", "left", "no, it would stay the same", "15", "no"]
 THINK, ANSWER = "<think> hm </think>", "<answer> left </answer>"
 # (is it well formed, is it right, where left is right) -> completions
 COMPLETIONS = {
-    (1, 1): [f"{THINK} {ANSWER}", "<think></think><answer>(B)</answer>", "<think>\nhm\n</think>\n<answer>\nleft\n</answer>\n"],
+    (1, 1): [f"{THINK} {ANSWER}", "<think></think><answer>(B)</answer>", f"{THINK}\n<answer>\nleft\n</answer>\n"],
     (1, 0): [f"{THINK} <answer> right </answer>", f"{THINK} <answer> ... </answer>"],
     (0, 0): [f"{THINK} {ANSWER} {ANSWER}", f"{THINK} <answer> {ANSWER}", f"{THINK} <answer> left",
              f"{THINK} <Answer> left </Answer>", f"{THINK} <answer> </answer>", "<think> hm left </answer>", ""],
@@ -467,8 +466,9 @@ ANSWERS = {
         "moving": ["It is moving."], "not moving": ["It is not moving."], "cannot tell": ["I cannot tell."],
         "neither": ["The answer is neither", "D"], "": ["moving or not moving"]},
     "x/A/B": {"x": ["x", "(A)"], "A": ["A."], "B": ["The answer is B", "(C)"]},  # an option's text goes before
-    "car/bus/truck/van": {"truck": ["It is not the car, the bus or the van, it's the truck.", "A, B and D are wrong, so C."],
-                          "": ["A, C", "vans", "E", "a car, a van"]},
+    "car/bus/truck/van": {
+        "truck": ["It is not the car, the bus or the van, it's the truck.", "A, B and D are wrong, so C."],
+        "": ["A, C", "vans", "E", "a car, a van"]},
     "(/\\/[a-z": {"\\": ["It is \\ there."], "(": ["("], "": ["It is ( or \\", "²", "\0", "é" * 500]}}
 ANSWERS_IN_TRAINING = {"2/3/4": {"4": ["<answer>(C)</answer>", "<answer> c. </answer>", "<answer>4</answer>",
                                        "<answer>Final Answer: C</answer>"]},
@@ -1408,31 +1408,25 @@ def test_a_model_folder_that_cannot_be_trained_is_named(file, change, words, wor
         evaluate(tmp_path / "results", "--model", folder)
 
 
-# what a launcher leaves in the environment, words of the sentence
-LAUNCHES = [
-    (dict(MASTER_ADDR="10.0.0.1"), "MASTER_ADDR WORLD_SIZE --multi_gpu torchrun unset"),
-    (dict(LOCAL_RANK="0"), "LOCAL_RANK WORLD_SIZE"), (dict(RANK="3", MASTER_PORT="1"), "RANK torchrun"),
-    (dict(PMI_SIZE="2"), "PMI_SIZE --multi_gpu"), (dict(OMPI_COMM_WORLD_SIZE="8"), "OMPI_COMM_WORLD_SIZE unset"),
-    (dict(MV2_COMM_WORLD_SIZE="2"), "MV2_COMM_WORLD_SIZE"), (dict(WORLD_SIZE="two"), "WORLD_SIZE two"),
-    (dict(WORLD_SIZE=""), "WORLD_SIZE"), (dict(WORLD_SIZE="-1"), "WORLD_SIZE -1"),
-    (dict(ACCELERATE_USE_DEEPSPEED="true"), "ACCELERATE_USE_DEEPSPEED FSDP2 torchrun"),
-    (dict(ACCELERATE_USE_MEGATRON_LM="1"), "ACCELERATE_USE_MEGATRON_LM"),
-    (dict(ACCELERATE_USE_PARALLELISM_CONFIG="yes"), "ACCELERATE_USE_PARALLELISM_CONFIG")]
+LAUNCHES = {  # what a launcher leaves in the environment: words of the sentence
+    "MASTER_ADDR=10.0.0.1": "MASTER_ADDR WORLD_SIZE --multi_gpu torchrun unset", "LOCAL_RANK=0": "LOCAL_RANK",
+    "RANK=3": "RANK torchrun", "PMI_SIZE=2": "PMI_SIZE --multi_gpu", "OMPI_COMM_WORLD_SIZE=8": "OMPI_COMM_WORLD_SIZE",
+    "MV2_COMM_WORLD_SIZE=2": "MV2_COMM_WORLD_SIZE", "WORLD_SIZE=two": "WORLD_SIZE two", "WORLD_SIZE=": "WORLD_SIZE",
+    "WORLD_SIZE=-1": "WORLD_SIZE -1", "ACCELERATE_USE_DEEPSPEED=true": "ACCELERATE_USE_DEEPSPEED FSDP2 torchrun",
+    "ACCELERATE_USE_MEGATRON_LM=1": "ACCELERATE_USE_MEGATRON_LM"}
+HARMLESS = dict(ACCELERATE_MIXED_PRECISION="fp16", ACCELERATE_USE_DEEPSPEED="false", PMI_SIZE="1",
+                ACCELERATE_USE_MEGATRON_LM="")
 
 
 def test_launches_that_would_train_alone_or_otherwise_stop(train, evaluate, tmp_path, monkeypatch):
-    for variables, words in LAUNCHES:
-        with monkeypatch.context() as context:
-            for name, value in variables.items():
-                context.setenv(name, value)
-            with stops(*words.split()):
-                train(tmp_path / "run")
-            with stops(*words.split()):
-                evaluate(tmp_path / "results")
+    for variable, words in LAUNCHES.items():
+        for program in train, evaluate:
+            with monkeypatch.context() as context, stops(*words.split()):
+                context.setenv(*variable.split("="))
+                program(tmp_path / "run")
     assert not (tmp_path / "run").exists()
-    for name, value in dict(ACCELERATE_MIXED_PRECISION="fp16", ACCELERATE_USE_DEEPSPEED="false", PMI_SIZE="1",
-                            ACCELERATE_USE_MEGATRON_LM="", OMPI_COMM_WORLD_SIZE="1").items():
-        monkeypatch.setenv(name, value)  # none of these is in the way
+    for name, value in HARMLESS.items():
+        monkeypatch.setenv(name, value)
     train(tmp_path / "run", "--max_steps", 1)
     assert jsonl(tmp_path / "run/metrics.jsonl")[0]["sampler_mismatch"] < 1e-4
 
@@ -1440,14 +1434,12 @@ def test_launches_that_would_train_alone_or_otherwise_stop(train, evaluate, tmp_
 def test_beta_0_loads_no_reference_and_later_iterations_clip(train, tmp_path, monkeypatch):
     load = Mock(wraps=g.load_model)
     monkeypatch.setattr(g, "load_model", load)
-    flags = "--beta 0 --max_steps 2 --num_iterations 3 --learning_rate 0.01 --epsilon 0.05".split()
-    train(tmp_path / "a", *flags)
+    train(tmp_path / "a", *"--beta 0 --max_steps 2 --num_iterations 3 --learning_rate 0.01 --epsilon 0.05".split())
     assert load.call_count == 1
     assert all(m["kl"] == 0 and m["clip_ratio"] > 0 and m["sampler_mismatch"] < 1e-4
                for m in jsonl(tmp_path / "a/metrics.jsonl"))
     for norm in "0", "1e9", "1e-9":
-        train(tmp_path / norm, "--max_steps", 1, "--max_grad_norm", norm, "--rewards", "letters")
-    assert load.call_count == 1 + 3 * 2
+        train(tmp_path / norm, "--max_steps", 1, "--max_grad_norm", norm, "--beta", 0)
     assert same_weights(tmp_path / "0/final", tmp_path / "1e9/final")  # 0: never clipped
     assert not same_weights(tmp_path / "0/final", tmp_path / "1e-9/final")
 
@@ -1526,24 +1518,24 @@ def test_a_disk_with_too_little_room_is_named_before_training(train, world, tmp_
 
 # ---- Stopping and going on -------------------------------------------------------------------------------
 
-def test_the_second_signal_and_what_comes_after_a_run_get_the_old_handlers(train, tmp_path, monkeypatch):
-    numbers, got, step = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), [], g.train_step
-    old = {number: signal.signal(number, lambda number, _: got.append(number)) for number in numbers}
-    own = [signal.getsignal(number) for number in numbers]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_the_second_signal_and_what_comes_after_a_run_get_the_old_handler(number, small_run, tmp_path):
+    got, step = [], g.train_step
+    old = signal.signal(number, lambda number, _: got.append(number))
+    own = signal.getsignal(number)
+
+    def signalled(*args):
+        os.kill(os.getpid(), number)
+        assert not got
+        os.kill(os.getpid(), number)
+        return step(*args)
+
     try:
-        for number in numbers:
-            def signalled(*args, number=number):
-                os.kill(os.getpid(), number)
-                assert not got
-                os.kill(os.getpid(), number)
-                return step(*args)
-            g.train(g.parse_config(["--output_dir", str(tmp_path / str(number)), *train.flags]), signalled)
-            assert got == [number] and [signal.getsignal(number) for number in numbers] == own
-            assert [path.name for path in g.checkpoints(tmp_path / str(number))] == ["checkpoint-1"]
-            got.clear()
+        g.train(g.parse_config([*small_run, "--output_dir", str(tmp_path / "run")]), signalled)
+        assert got == [number] and signal.getsignal(number) == own
     finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)
+        signal.signal(number, old)
+    assert [path.name for path in g.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
 
 
 def test_two_stages_are_one_run_and_resuming_is_bit_equal(world, train, tmp_path, capsys):
@@ -1551,66 +1543,62 @@ def test_two_stages_are_one_run_and_resuming_is_bit_equal(world, train, tmp_path
     train(whole, *"--resume --lr_scheduler_type constant --max_steps 2 --max_completion_length 3".split(),
           "--num_generations", 2)
     assert f"from {world.folder}" in capsys.readouterr().out  # there was nothing to resume
-    go_on = "--resume --max_steps 4 --max_completion_length 9 --num_generations 4 --output_dir".split()
-    g.main([*go_on, str(whole), "--max_steps", "3"])  # the run's other settings come from its config.json
     shutil.copytree(whole, again, ignore=shutil.ignore_patterns("final"))
-    g.main([*go_on, str(whole)])
+    go_on = lambda run, steps: g.main(["--resume", "--output_dir", str(run), "--max_steps", steps, *(
+        "--max_completion_length 9 --num_generations 4".split())])  # the other settings come from its config.json
+    go_on(whole, "4")
     samples = jsonl(whole / "completions.jsonl")
     lengths = [[s["length"] for s in samples if s["step"] == step] for step in (1, 2, 3, 4)]
     assert [(len(some), max(some) > 3) for some in lengths] == [(4, False)] * 2 + [(8, True)] * 2
     assert {m["learning_rate"] for m in jsonl(whole / "metrics.jsonl")} == {1e-3}  # constant
+    go_on(again, "3")
     (again / "checkpoint-9.tmp").mkdir()  # what a run leaves that is killed while it saves
     (again / "metrics.jsonl").open("a").write('{"step": 99, "half a li')
-    g.main([*go_on, str(again)])
+    go_on(again, "4")
     assert same_run(whole, again) and not same_weights(again / "final", again / "checkpoint-3")
-    before = weights_of(whole / "final")
+    shutil.copytree(whole, tmp_path / "complete")
     for steps in "4", "3":  # a run that is complete stays as it is
-        g.main([*go_on, str(whole), "--max_steps", steps])
-        assert all(torch.equal(x, before[name]) for name, x in weights_of(whole / "final").items())
-        assert len(jsonl(whole / "metrics.jsonl")) == 4
+        go_on(tmp_path / "complete", steps)
+        assert same_run(tmp_path / "complete", whole)
 
 
-def test_a_run_goes_on_only_as_it_began(train, sat, world, tmp_path, monkeypatch, capsys):
+def test_a_run_goes_on_only_as_it_began(train, sat, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(world.folder, "model")
     shutil.copytree(sat, "data")
-    train("run", *"--max_steps 2 --model_name_or_path model --data data".split())
+    train("run", "--max_steps", 1, "--data", "data")
     monkeypatch.chdir("data")  # paths in config.json are absolute
     run = tmp_path / "run"
-    go_on = lambda steps, folder=run, more=(): g.main(
-        ["--resume", "--output_dir", str(folder), "--max_steps", steps, *more])
+    go_on = lambda folder, steps, *more: g.main(["--resume", "--output_dir", str(folder), "--max_steps", steps, *more])
 
-    def refused(*words, folder=run, more=()):
-        with stops(*words):
-            go_on("9", folder, more)
+    def refused(words, folder=run, *more):
+        with stops(*words.split()):
+            go_on(folder, "9", *more)
 
-    rows = pq.read_table(sat / "train.parquet")
-    for table in rows.slice(1), pa.concat_tables([rows.slice(1), rows.slice(0, 1)]):  # fewer; others, as many
-        pq.write_table(table, "train.parquet")
-        refused("did not begin with", "train.parquet")
+    rows = pq.read_table("train.parquet")
+    pq.write_table(pa.concat_tables([rows.slice(1), rows.slice(0, 1)]), "train.parquet")  # others, as many
+    refused("did not begin with train.parquet")
+    pq.write_table(rows.slice(1), "train.parquet")
+    refused("did not begin with train.parquet")
     shutil.copy(sat / "train.parquet", "train.parquet")
-    go_on("3")
-    config = json.loads((run / "config.json").read_text())
-    write = lambda **more: (run / "config.json").write_text(json.dumps(config | more))
-    write(algorithm="sft")  # a run of recipes.py
-    refused("algorithm", "recipes.py")
-    write()
-    refused("--prompts_per_step", more=["--prompts_per_step", "4"])
+    refused("--prompts_per_step", run, "--prompts_per_step", "4")
     capsys.readouterr()
-    go_on("4", more="--seed 1 --rewards format".split())
+    go_on(run, "2", *"--seed 1 --rewards format".split())
     said = re.findall("--resume: (.*) from here on", capsys.readouterr().out)
-    assert sorted(said) == ["max_steps was 3 and is 4", "rewards was accuracy,format,letters and is format",
+    assert sorted(said) == ["max_steps was 1 and is 2", "rewards was accuracy,format,letters and is format",
                             "seed was 0 and is 1"]
-    (run / "checkpoint-3/config.json").write_text(json.dumps(config)[:99])
-    # without one, with a model's, with half of one
-    for folder in tmp_path / "data", run / "checkpoint-2", run / "checkpoint-3":
-        refused("--resume", "config.json", folder=folder)
-    for damage in (lambda state: (state / ".metadata").write_bytes(b""), lambda state: shutil.rmtree(state)):
-        damage(run / "checkpoint-4/state")
-        refused("checkpoint-4/state", "cannot be read")
+    config = (run / "config.json").read_text()
+    (run / "checkpoint-1/config.json").write_text(config[:99])
+    for folder in tmp_path / "data", run / "checkpoint-1", run / "final":  # none, half of one, a model's
+        refused("--resume config.json", folder)
+    (run / "config.json").write_text(json.dumps(json.loads(config) | dict(algorithm="sft")))
+    refused("algorithm recipes.py")
+    (run / "config.json").write_text(config)
+    for damage in (lambda state: (state / ".metadata").write_bytes(b"")), shutil.rmtree:
+        damage(run / "checkpoint-2/state")
+        refused("checkpoint-2/state cannot be read")
     for checkpoint in g.checkpoints(run):
         shutil.rmtree(checkpoint)
-    refused(run, "no checkpoint left")  # it does not begin anew, over its own logs
+    refused("no checkpoint left")  # it does not begin anew, over its own logs
 
 
 def test_a_folder_belongs_to_one_run(train, tmp_path, monkeypatch):
@@ -1675,7 +1663,8 @@ def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(train, t
 def test_what_cannot_be_drawn_does_not_stop_training(train, tmp_path, monkeypatch, capsys):
     write_rows(tmp_path / "text.parquet", *[dict(images=[])] * 4)
     # rows without a picture, from which the image tower alone learns nothing
-    train(tmp_path / "run", "--data", tmp_path / "text.parquet", "--eval_steps", 1, "--freeze", "llm", "--max_steps", 2)
+    flags = "--eval_steps 1 --freeze llm --max_steps 2 --data".split()
+    train(tmp_path / "run", *flags, tmp_path / "text.parquet")
     assert same_weights(tmp_path / "run/checkpoint-1", tmp_path / "run/final")
     assert "warning" not in capsys.readouterr().err and (tmp_path / "run/rollouts.html").exists()
     monkeypatch.setattr(eval_cvbench, "draw_curves", lambda *_: 1 / 0)
@@ -1709,21 +1698,18 @@ def test_the_script_trains_alone_in_an_empty_folder_under_any_name(tmp_path, mon
 def test_each_script_imports_only_what_stands_below_it():
     own = {"grpo_vision", "recipes", "prepare_sat", "eval_cvbench", "test_grpo", "make", "step", "plan"}
 
-    def imported(file):
-        """-> own modules that a file imports: at the top, and inside of functions."""
-        tree = ast.parse((g.HERE / file).read_text())
-        names = lambda node: {node.module} if isinstance(node, ast.ImportFrom) else {x.name for x in node.names}
-        kinds = ast.Import, ast.ImportFrom
-        top = set().union(*(names(node) for node in tree.body if isinstance(node, kinds)))
-        whole = set().union(*(names(node) for node in ast.walk(tree) if isinstance(node, kinds)))
-        whole |= {node.args[0].value for node in ast.walk(tree)
-                  if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "import_module"}
-        return top & own, (whole - top) & own
+    def imported(nodes):
+        """-> own modules that are imported by these nodes of a syntax tree."""
+        found = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        found |= {x.name for node in nodes if isinstance(node, ast.Import) for x in node.names}
+        return own & (found | {node.args[0].value for node in nodes if isinstance(node, ast.Call)
+                               and getattr(node.func, "attr", "") == "import_module"})
 
-    assert imported("grpo_vision.py") == (set(), {"eval_cvbench"})
-    assert imported("recipes.py") == ({"grpo_vision"}, set())
-    for name in "eval_cvbench.py", "prepare_sat.py":
-        assert imported(name) == ({"grpo_vision", "recipes"}, set())
+    for name, at_the_top, inside in [
+            ("grpo_vision", set(), {"eval_cvbench"}), ("recipes", {"grpo_vision"}, set()),
+            *[(name, {"grpo_vision", "recipes"}, set()) for name in ("eval_cvbench", "prepare_sat")]]:
+        tree = ast.parse((g.HERE / f"{name}.py").read_text())
+        assert imported(tree.body) == at_the_top and imported([*ast.walk(tree)]) == at_the_top | inside, name
 
 
 def test_the_same_numbers_go_to_a_tracker(train, tmp_path, monkeypatch):
@@ -1733,11 +1719,10 @@ def test_the_same_numbers_go_to_a_tracker(train, tmp_path, monkeypatch):
         "init_trackers", "log", "end_training"))
     for name, stand_in in dict(init_trackers=begin, log=log, end_training=end).items():
         monkeypatch.setattr(g.Accelerator, name, stand_in)
-    train(tmp_path / "run", "--max_steps", 2)
-    accelerator, = begin.call_args.args[:1]
-    assert str(accelerator.logging_dir) == str(tmp_path / "run") and end.call_count == 1
-    logged = [(call.args[1], call.kwargs["step"]) for call in log.call_args_list]
-    assert logged == [(m, m["step"]) for m in jsonl(tmp_path / "run/metrics.jsonl", drop="-")]
+    train(tmp_path / "run", "--max_steps", 1)
+    assert str(begin.call_args.args[0].logging_dir) == str(tmp_path / "run") and end.call_count == 1
+    (_, metrics), at = log.call_args
+    assert [metrics] == jsonl(tmp_path / "run/metrics.jsonl", drop="-") and at == dict(step=1)
 
 
 # ---- One process or many ---------------------------------------------------------------------------------
