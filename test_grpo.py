@@ -300,13 +300,6 @@ def weights_of(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
-def edit_weights(folder, edit):
-    """edit(weights by name) changes the weights that lie in a folder."""
-    weights = weights_of(folder)
-    edit(weights)
-    save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-
-
 def same_weights(one, other):
     one, other = weights_of(one), weights_of(other)
     assert one.keys() == other.keys()
@@ -632,7 +625,7 @@ def test_what_was_sampled_is_what_is_scored(world, monkeypatch):
         ended = [token in ENDS for token in ids.tolist()]
         assert not any(ended[:-1]) and ended[-1] == world.rollout.finished[i] and (ended[-1] or len(ids) == 9)
         assert (world.rollout.completion_ids[i, len(ids):] == ENDS[0]).all()
-    assert sizes[0] == 12 > sizes[-1]  # rows that have ended leave
+    assert sizes[0] == 12 > min(sizes)  # rows that have ended leave
     assert torch.equal(draw(3).completion_ids, world.rollout.completion_ids)
     assert not torch.equal(draw(7).completion_ids, world.rollout.completion_ids)
     # the model's own generation_config, with its top_k of 1, is not heeded
@@ -1027,20 +1020,19 @@ def test_a_letter_earns_the_reward_only_where_it_is_printed(flags, convert):
     rows = [own(options, answer, *question) for options, answer, _, _, *question in LETTERED] * 3
     found, _, printed = convert(rows, *flags)
     assert ("options are shuffled: --shuffle" if flags else "options stay in order") in printed
-    kept, moved, others = {row["source_row"]: row for row in found}, 0, 0
-    for index, (_, _, becomes, letter, *_) in enumerate(LETTERED * 3):
-        row = kept.get(index)
-        assert (row is None) == (becomes is None), rows[index]
-        if row and letter:
-            earns = lambda it, options: g.accuracy_reward(f"<answer>{it}</answer>", row["answer"], options)
-            assert row["options"] == becomes, rows[index]
-            assert [each for each in "ABCDE" if earns(each, row["options"])] == [letter], rows[index]
-            others += earns(letter, row["options"][::-1]) == 0  # the control: in another order another does
-        elif row:
-            assert sorted(row["options"]) == sorted(becomes), rows[index]
-            assert rows[index]["answer"].endswith(row["answer"]) and row["answer"] in becomes, rows[index]
+    assert found["source_row"][:] == [i for i, (_, _, becomes, *_) in enumerate(LETTERED * 3) if becomes]
+    moved = 0
+    for row in found:
+        raw, (_, _, becomes, letter, *_) = rows[row["source_row"]], (LETTERED * 3)[row["source_row"]]
+        earns = lambda it, options: g.accuracy_reward(f"<answer>{it}</answer>", row["answer"], options)
+        assert sorted(row["options"]) == sorted(becomes) and row["answer"] in becomes, raw
+        assert raw["answer"].endswith(row["answer"]), raw
+        if letter:
+            assert row["options"] == becomes, raw
+            assert [each for each in "ABCDE" if earns(each, row["options"])] == [letter], raw
+        else:
             moved += row["options"] != becomes
-    assert others > 20 and (moved > 5 if flags else moved == 0)
+    assert moved > 5 if flags else moved == 0
 
 
 @pytest.mark.parametrize("count, first, words", [  # rows, those whose first option is right, what is printed
@@ -1168,32 +1160,35 @@ def mmmu(options, answer, question="<image 1> Which?", images=1):
     return dict(options=options, answer=answer, question=question) | dict.fromkeys(NUMBERED[:images], PIXELS)
 
 
-PUBLISHED = {  # features but for the question, rows, and (options, answer) of those that are kept
-    "MMMU": (dict.fromkeys(["id", "options", "answer"], TEXT) | dict.fromkeys(NUMBERED, IMAGE), [
+FORMS = [  # usual forms of images
+    (datasets.List(IMAGE), [{"bytes": ONE, "path": "gone.jpg"}]), (BINARY, ONE), (datasets.List(TEXT), ["b.jpg"]),
+    ({"bytes": BINARY, "path": TEXT}, {"path": "b.jpg"})]
+PUBLISHED = [  # features but for the question, rows, and (options, answer) of those that are kept
+    (dict.fromkeys(["id", "options", "answer"], TEXT) | dict.fromkeys(NUMBERED, IMAGE), [  # MMMU's
         mmmu("['cat', 'dog']", "B"), mmmu("[]", "5"), mmmu("['a\\'s', 'b']", "A"), mmmu("x", "A"),
-        mmmu("['cat', 'dog']", "A", images=2), mmmu("['cat', 'dog']", "A", "<image 2> Which?"),
-        mmmu("['<image 1>', 'dog']", "A")], [(CAT_DOG, "dog"), ([], "5"), (["a's", "b"], "a's")]),
-    "VQAv2": (dict(multiple_choice_answer=TEXT, answers=[dict(answer=TEXT, answer_id=TEXT)], image=IMAGE),
-              [dict(multiple_choice_answer="two", answers=VOTES, image=PIXELS)], [([], "two")]),
-    "votes": (dict(answers=[dict(answer=TEXT, answer_id=TEXT)], image=IMAGE), [dict(answers=VOTES, image=PIXELS)],
-              [([], "2")]),
-    "TextVQA": (dict(answers=datasets.List(TEXT), image=IMAGE), [dict(answers=["2", "two", "2"], image=PIXELS)],
-                [([], "2")]),
-    "MathVista": (dict(image=TEXT, decoded_image=IMAGE, choices=datasets.List(TEXT), answer=TEXT), [
+        mmmu("['cat', 'dog']", "A", images=2), mmmu("['cat', 'dog']", "A", "<image 2> Which?")],
+     [(CAT_DOG, "dog"), ([], "5"), (["a's", "b"], "a's")]),
+    (dict(multiple_choice_answer=TEXT, answers=[dict(answer=TEXT, answer_id=TEXT)], image=IMAGE),  # VQAv2's
+     [dict(multiple_choice_answer="two", answers=VOTES, image=PIXELS)], [([], "two")]),
+    (dict(answers=[dict(answer=TEXT, answer_id=TEXT)], image=IMAGE), [dict(answers=VOTES, image=PIXELS)], [([], "2")]),
+    (dict(answers=datasets.List(TEXT), image=IMAGE), [dict(answers=["2", "two", "2"], image=PIXELS)], [([], "2")]),
+    (dict(image=TEXT, decoded_image=IMAGE, choices=datasets.List(TEXT), answer=TEXT), [  # MathVista's
         dict(image="images/1.jpg", decoded_image=PIXELS, choices=choices, answer=answer)
-        for choices, answer in [(["(A) 3", "(B) 4"], "4"), (None, "1.2")]], [(["3", "4"], "4"), ([], "1.2")])}
+        for choices, answer in [(["(A) 3", "(B) 4"], "4"), (None, "1.2")]], [(["3", "4"], "4"), ([], "1.2")]),
+    *[(dict(image=kind, solution=TEXT), [dict(image=value, solution="cat")], [([], "cat")]) for kind, value in FORMS]]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_published_layouts_are_read_from_files_folders_and_splits(name, tmp_path, capsys):
-    features, rows, kept = PUBLISHED[name]
+@pytest.mark.parametrize("features, rows, kept", PUBLISHED)
+def test_usual_layouts_are_read_from_files_folders_and_splits(features, rows, kept, tmp_path, capsys):
     features = features | dict(question=TEXT)
     rows = [dict.fromkeys(features) | {"question": "Which?"} | row for row in rows]
     data, file = datasets.Dataset.from_list(rows, datasets.Features(features)), "folder/validation-0.parquet"
-    (tmp_path / "folder").mkdir()
-    data.to_parquet(tmp_path / file)
     data.save_to_disk(tmp_path / "one")
     datasets.DatasetDict(validation=data, test=data).save_to_disk(tmp_path / "two")
+    (tmp_path / "folder").mkdir()
+    data.to_parquet(tmp_path / file)
+    for folder in "folder", "one", "two":
+        (tmp_path / folder / "b.jpg").write_bytes(ONE)
     for source, *split in (file,), ("one",), ("folder", "--split", "validation"), ("two", "--split", "test"):
         found, _, _ = prepared(tmp_path / f"from-{source}", capsys, "--from", tmp_path / source, *split)
         assert list(zip(found["options"], found["answer"])) == kept and set(found["question"]) == {"Which?"}
@@ -1201,18 +1196,6 @@ def test_published_layouts_are_read_from_files_folders_and_splits(name, tmp_path
     for source, splits in ("folder", "--split validation."), ("two", "--split validation or --split test."):
         with stops(source, "no split train", splits):
             prepared(tmp_path / "out", capsys, "--from", tmp_path / source)
-
-
-@pytest.mark.parametrize("kind, value", [
-    (datasets.List(IMAGE), [{"bytes": ONE, "path": "gone.jpg"}]), (BINARY, ONE),
-    ({"bytes": BINARY, "path": TEXT}, {"path": "b.jpg"}), (datasets.List(TEXT), ["b.jpg"])])
-def test_images_of_your_own_data_may_have_any_usual_form(kind, value, pictures, tmp_path, capsys):
-    data = datasets.Dataset.from_list([{"image": value, "problem": "<image>Which?", "solution": "cat"}] * 3,
-                                      datasets.Features(image=kind, problem=TEXT, solution=TEXT))
-    data.to_parquet(pictures / "sub/train.parquet")
-    for source in pictures / "sub/train.parquet", pictures / "sub":
-        found, _, _ = prepared(tmp_path / f"own-{source.name}", capsys, "--from", source)
-        assert found.column_names == COLUMNS and [*map(sizes, found)] == [[(84, 56)]] * 3
 
 
 @pytest.mark.parametrize("others, flags, kept", [
@@ -1852,17 +1835,15 @@ def contents(folder):
 def test_all_modes_are_asked_in_the_papers_words(evaluate, evaluated, worlds, tmp_path, capsys):
     ending = "\nOutput the thinking process in <think> </think> and final answer in <answer> </answer> tags."
     user = lambda text: "<|im_start|>user\n" + g.IMAGE_TOKENS + text + "<|im_end|>\n<|im_start|>assistant\n"
-    base = lambda text, name: g.IMAGE_TOKENS + g.TEMPLATES[name].format(question=text)
-    asked = {"base-reasoning": lambda text: base(text, "base"), "instruct-direct": user,
-             "base-direct": lambda text: base(text, "base-direct"),
-             "instruct-reasoning": lambda text: user(text + ending)}
+    asked = {"base-reasoning": lambda text: g.IMAGE_TOKENS + g.TEMPLATES["base"].format(question=text),
+             "base-direct": lambda text: g.IMAGE_TOKENS + g.TEMPLATES["base-direct"].format(question=text),
+             "instruct-direct": user, "instruct-reasoning": lambda text: user(text + ending)}
     folders = evaluate(tmp_path, "--modes", "all", "--model", worlds["qwen2_5_vl"].folder)
     printed = capsys.readouterr().out
     for word in "Count Relation Depth Distance ADE20K COCO Omni3D total 2D 3D official unparsed".split():
         assert f"| {word} " in printed
     assert folders.keys() == asked.keys() and sorted(evaluated) == ["base-direct", "base-reasoning"]
     for mode, folder in [*folders.items(), *evaluated.items()]:
-        assert {path.suffix for path in folder.iterdir()} == {".jsonl", ".json", ".md", ".html"}
         records = jsonl(folder / "answers.jsonl")
         assert [r["id"] for r in records] == [0, 1, 2, 3, 4] and {r["answer"] for r in records} == {"4"}
         assert [r["prompt"] for r in records] == [asked[mode](cvbench_text(n)) for n in (2, 3, 6, 4, 5)]
@@ -1874,22 +1855,18 @@ def test_held_out_and_free_questions_are_asked_as_in_training(sat, worlds, evalu
     for q, row in zip(eval_cvbench.load_questions(str(sat / "train.parquet")), rows, strict=True):
         for template, family in ("base", "qwen2_vl"), ("instruct", "qwen2_5_vl"):
             tokenizer = worlds[family].tokenizer
-            assert eval_cvbench.prompt_text(q, f"{template}-reasoning", tokenizer) == g.render(
-                row, template, tokenizer)
+            asked = eval_cvbench.prompt_text(q, f"{template}-reasoning", tokenizer)
+            assert asked == g.render(row, template, tokenizer)
         assert (q["answer"], q["options"]) == (row["answer"], row["options"])
     write_rows(tmp_path / "free.parquet", dict(options=[], answer="$0.5$"))
     folder = evaluate(tmp_path / "results", "--data", tmp_path / "free.parquet")["base-reasoning"]
     assert json.loads((folder / "summary.json").read_text())["scores"]["total"]["chance"] == 0
-    record = jsonl(folder / "answers.jsonl")[0]
-    record["answers"][0]["completion"] = r"<answer> \frac{1}{2} </answer>"
-    assert eval_cvbench.with_verdicts(record, False)["answers"][0]["correct"]  # by mathematics too
 
 
 def test_asking_prints_the_sampled_answer(world, tmp_path, capsys):
     ask = lambda *flags: eval_cvbench.main(["--model", world.folder, "--max_new_tokens", "5", *flags])
-    all_stop(lambda flags: ask(*flags), {
-        "--ask ? --image none.png": "none.png", "--image a.png": "--ask", "--ask ": "--ask",
-        "--ask <|image_pad|>?": "--ask special --image", "--ask <|im_end|>": "--ask special"})
+    all_stop(lambda flags: ask(*flags), {"--ask ? --image none.png": "none.png", "--image a.png": "--ask",
+                                         "--ask ": "--ask", "--ask <|image_pad|>?": "--ask special --image"})
     picture(84, 56).save(tmp_path / "a.png")
     said = []
     for flags in "--seed 0", "--seed 0", "--seed 1", "--temperature 0":
@@ -1910,24 +1887,19 @@ def test_a_served_base_model_gets_the_base_prompt(world):
         assert asked == g.render(dict(question=text, options=None, images=[None] * images), "base", None)
 
 
-def answered(verdicts):
-    """{source: [right or not]} -> records"""
-    return [{"task": "Depth" if source == "Omni3D" else "Count", "source": source,
-             "options": list("abcd")[:2 if source == "Omni3D" else 4], "answers": [{
-                 "correct": bool(right), "chosen": "a" if right else None, "length": 10 + right,
-                 "extracted": "(A)" if right else "a", "completion": "<answer>wait</answer>" if right else "",
-                 "finished": source != "COCO"}]}
-            for source, rights in verdicts.items() for right in rights]
-
-
-def graded(*verdicts):
+def graded(*verdicts, **more):
     """-> records of questions with two options, each by the verdicts on its answers."""
-    return [{"answers": [{"correct": right} for right in rights], "options": "ab", "task": "t", "source": "s"}
-            for rights in verdicts]
+    right = dict(correct=True, chosen="a", length=11, extracted="(A)", completion="<answer>wait</answer>")
+    wrong = dict(correct=False, chosen=None, length=10, extracted="a", completion="")
+    finished = more.get("source") != "COCO"
+    return [{"options": "ab", "task": "Depth", "source": "Omni3D", **more, "answers": [
+        (right if verdict else wrong) | dict(finished=finished) for verdict in each]} for each in verdicts]
 
 
-def test_scores_by_hand():
-    records = answered({"ADE20K": [1, 0], "COCO": [1, 1, 1, 0], "Omni3D": [1, 0, 0, 0, 0]})
+def test_scores_by_hand(cvbench, tmp_path):
+    count = dict(task="Count", options="abcd")
+    records = (graded([1], [0], source="ADE20K", **count) + graded([1], [1], [1], [0], source="COCO", **count)
+               + graded([1], [0], [0], [0], [0]))
     scores, half = eval_cvbench.scores_of(records), 500 / 11  # 5 right of 11
     assert {name: s.value for name, s in scores.items()} == pytest.approx(
         {"Count": 400 / 6, "Depth": 20, "ADE20K": 50, "COCO": 75, "Omni3D": 20, "total": half, "2D": 62.5,
@@ -1937,13 +1909,20 @@ def test_scores_by_hand():
     assert eval_cvbench.rates_of(records) == pytest.approx({
         "unparsed": 600 / 11, "truncated": 400 / 11, "letter only": 100, "one answer block": half,
         "reflection word": half, "mean length": 10 + 5 / 11})
+    eval_cvbench.append_score(tmp_path / "eval.jsonl", 7, "set", records)
+    assert jsonl(tmp_path / "eval.jsonl") == [dict(
+        step=7, set="set", questions=11, accuracy=pytest.approx(half), mean_length=pytest.approx(10 + 5 / 11),
+        standard_error=pytest.approx(100 * (5 / 11 * 6 / 11 / 11) ** 0.5))]
+    assert eval_cvbench.smooth([0, 3, 6, 9, 0], 3) == [1.5, 3, 6, 5, 4.5]  # fewer at the ends
+    chosen = [q["id"] for q in eval_cvbench.load_questions(str(cvbench), 3)]
+    assert chosen == sorted(random.Random("questions").sample(range(5), 3)) != [0, 1, 2]
+
+
+def test_intervals_and_the_sign_test_by_hand():
     for right, low, high in (8, 49.02, 94.33), (0, 0, 27.75):  # Wilson's intervals of 8 and of 0 in 10
         score = eval_cvbench.score_of([(1, graded(*([i < right] for i in range(10))))])
         assert (score.low, score.high) == pytest.approx((low, high), abs=0.01)
-
-
-def test_the_interval_of_many_answers_is_the_normal_one_and_the_sign_test_counts_all_ways():
-    shares = [(1 / 4, 0.9, 3000), (1 / 4, 0.8, 4000), (1 / 2, 0.2, 6000)]
+    shares = [(1 / 4, 0.9, 3000), (1 / 4, 0.8, 4000), (1 / 2, 0.2, 6000)]  # many answers: the normal interval
     found = eval_cvbench.score_of([(weight, graded(*([i < p * n] for i in range(n)))) for weight, p, n in shares])
     error = 100 * sum(weight**2 * p * (1 - p) / n for weight, p, n in shares) ** 0.5
     assert [found.low, found.high] == pytest.approx([52.5 - 1.96 * error, 52.5 + 1.96 * error], abs=0.02)
@@ -1960,21 +1939,20 @@ def test_pass_at_k_is_the_share_of_samples_of_k_that_hold_a_right_answer():
     assert [*scores][:3] == ["pass@1", "pass@2", "pass@4"] and scores["pass@1"].value == scores["total"].value == 50
     for k in 1, 2, 4:
         each = [sum(map(any, itertools.combinations(rights, k))) / math.comb(4, k) for rights in verdicts]
-        assert scores[f"pass@{k}"].value == pytest.approx(25 * sum(each))
-        assert scores[f"pass@{k}"].chance == pytest.approx(100 * (1 - 0.5**k))
+        _, value, _, _, chance = scores[f"pass@{k}"]
+        assert (value, chance) == pytest.approx((25 * sum(each), 100 * (1 - 0.5**k)))
     # the interval is over questions: copies of an answer tell nothing new, 100 times as many questions do
     interval = lambda records: eval_cvbench.scores_of(records)["total"][2:4]
     assert interval(graded([True] * 4, [False] * 4)) == pytest.approx(interval(graded([True], [False])))
-    low, high = interval(graded(*verdicts * 100))
     error = 100 * (sum((sum(rights) / 4 - 0.5) ** 2 for rights in verdicts) / 4 / 400) ** 0.5
-    assert (low, high) == pytest.approx((50 - 1.96 * error, 50 + 1.96 * error), abs=0.05)
+    assert interval(graded(*verdicts * 100)) == pytest.approx((50 - 1.96 * error, 50 + 1.96 * error), abs=0.05)
 
 
 def test_the_papers_rows_need_the_published_counts():
     of_each = {("Count", "ADE20K"): 633, ("Count", "COCO"): 155, ("Relation", "COCO"): 650,
                ("Depth", "Omni3D"): 600, ("Distance", "Omni3D"): 600}
-    records = [record | {"task": task} for (task, source), n in of_each.items()
-               for record in answered({source: [1] * n})]
+    records = [record for (task, source), n in of_each.items()
+               for record in graded(*[[1]] * n, task=task, source=source)]
     *_, table = eval_cvbench.tables_of(records)
     assert ["base + GRPO", "59.64", "66.76", "54.16", "56.66", "59.47"] in table and len(table) == 9
     assert table[1] == ["here", *["100.00"] * 5] and len(eval_cvbench.tables_of(records[1:])) == 2
@@ -1982,9 +1960,12 @@ def test_the_papers_rows_need_the_published_counts():
 
 @pytest.mark.parametrize("flags", ["", "--num_generations 5 --temperature 1 --batch_size 10"])
 def test_a_killed_or_second_start_asks_what_is_missing(flags, evaluate, tmp_path, monkeypatch):
-    flags, append, asked = flags.split(), eval_cvbench.append_jsonl, []
-    (mode, folder), = evaluate(tmp_path / "whole", *flags).items()
-    whole = contents(folder)
+    (mode, folder), = evaluate(tmp_path / "whole", *flags.split()).items()
+    whole, append, asked = contents(folder), eval_cvbench.append_jsonl, []
+    n, expected = (5, "base-reasoning-pass@5") if flags else (1, "base-reasoning")
+    answers = [record["answers"] for record in jsonl(folder / "answers.jsonl")]
+    assert mode == expected and [(len(some), len({a["completion"] for a in some}) > 1) for some in answers] == [
+        (n, n > 1)] * 5
 
     def killed(path, records):
         append(path, records)
@@ -1994,23 +1975,16 @@ def test_a_killed_or_second_start_asks_what_is_missing(flags, evaluate, tmp_path
 
     monkeypatch.setattr(eval_cvbench, "append_jsonl", killed)
     with pytest.raises(KeyboardInterrupt):
-        evaluate(tmp_path / "killed", *flags)
+        evaluate(tmp_path / "killed", *flags.split())
     folder, = (tmp_path / "killed").iterdir()
     for rank in 0, 1:  # two processes, killed in a line
         (folder / f"answers.rank{rank}.jsonl").open("a").write(whole["answers.jsonl"][:40])
     for _ in range(2):
-        evaluate(tmp_path / "killed", *flags)
+        evaluate(tmp_path / "killed", *flags.split())
         assert len(asked) == 5 and contents(folder) == whole  # the same samples as without the kill
     (folder / "answers.jsonl").write_text("{\n" + whole["answers.jsonl"])
     with stops("answers.jsonl", "line", "not JSON"):
-        evaluate(tmp_path / "killed", *flags)
-    if flags:
-        assert mode == "base-reasoning-pass@5"
-        assert [*json.loads(whole["summary.json"])["scores"]][:4] == ["pass@1", "pass@2", "pass@4", "pass@5"]
-        for record in map(json.loads, whole["answers.jsonl"].splitlines()):
-            assert len(record["answers"]) == 5 and len({a["completion"] for a in record["answers"]}) > 1
-        with stops("--num_generations 5", "--temperature"):
-            evaluate(tmp_path / "none", "--num_generations", "5")
+        evaluate(tmp_path / "killed", *flags.split())
 
 
 def test_two_processes_give_the_results_of_one(evaluate, evaluated, tmp_path, monkeypatch):
@@ -2026,7 +2000,9 @@ def test_other_weights_settings_or_questions_have_a_folder_of_their_own(evaluate
     for flags in ["", "--max_new_tokens 5", "--limit 3", "--temperature 1", "--temperature 1 --seed 1",
                   "--max_pixels 9999"]:
         ask(*flags.split())
-    edit_weights(tmp_path / "tiny", lambda weights: weights["model.norm.weight"][3].add_(1))  # trained again
+    weights = weights_of(tmp_path / "tiny")
+    weights["model.norm.weight"][3].add_(1)  # trained again
+    save_file(weights, tmp_path / "tiny/model.safetensors", metadata={"format": "pt"})
     ask()
     assert len(list((tmp_path / "results").iterdir())) == 7
 
@@ -2067,9 +2043,8 @@ def read_page(path):
 def test_pages_are_self_contained_and_show_markup_as_text(cvbench, evaluated, trained, tmp_path):
     evil = "</pre></td></table><script>alert('x')</script><img src=x onerror=alert(1)> & <b> {body} %s"
     questions = [q | {"options": [evil]} for q in eval_cvbench.load_questions(str(cvbench))]
-    records = [r | {"task": "Count <i>"} for r in jsonl(evaluated["base-direct"] / "answers.jsonl")]
-    for record in records:
-        record["answers"][0] |= {"completion": evil, "extracted": evil, "chosen": evil}
+    records = [r | {"task": "Count <i>", "answers": [r["answers"][0] | dict.fromkeys(
+        ("completion", "extracted", "chosen"), evil)]} for r in jsonl(evaluated["base-direct"] / "answers.jsonl")]
     for most in 2, 25:
         eval_cvbench.write_report(tmp_path, evil, records, questions, str(cvbench), most)
         tags, text = read_page(tmp_path / "report.html")
@@ -2077,11 +2052,9 @@ def test_pages_are_self_contained_and_show_markup_as_text(cvbench, evaluated, tr
         assert f"5 without a right answer, {min(5, most)} of them shown" in text
     assert text.count(evil) >= 16
     picture(60, 60).save(tmp_path / "legend.png")
-    groups = jsonl(trained / "rollouts.jsonl")
-    for group in groups:
-        group |= dict(question=evil, answer=evil, options=[evil] * 2)
-        for completion in group["completions"]:
-            completion |= dict(tokens=[evil] * len(completion["tokens"]), prefill=evil)
+    groups = [group | dict(question=evil, answer=evil, options=[evil] * 2, completions=[
+        one | dict(tokens=[evil] * len(one["tokens"]), prefill=evil) for one in group["completions"]])
+        for group in jsonl(trained / "rollouts.jsonl")]
     eval_cvbench.write_jsonl(tmp_path / "rollouts.jsonl", groups)
     eval_cvbench.write_rollouts(tmp_path)
     (tags, text), (usual, _) = read_page(tmp_path / "rollouts.html"), read_page(trained / "rollouts.html")
@@ -2124,14 +2097,11 @@ def test_the_page_says_what_the_update_did_to_each_token(world, trained, shown):
     assert 'data-p="before: {:.3f}\nafter: {:.3f}\nreference: {:.3f}"'.format(*numbers) in page
 
 
-# a fault in a row of CV-Bench's, and words of the sentence
-FAULTS = [
-    (dict(image=dict(bytes=NO_JPEG, path=None)), "read"), (dict(image=None), "image"),
+FAULTS = [  # in a row of CV-Bench's, and words of the sentence
+    (dict(image=dict(bytes=NO_JPEG, path=None)), "read"), (dict(image=None), "image"), (dict(answer=1), "answer 1"),
     (dict(image=dict(bytes=None, path="none.jpg")), "image"), (dict(answer="(D)"), "answer '(D)'"),
-    (dict(answer=None), "answer None"), (dict(answer="B"), "answer 'B'"), (dict(answer=""), "answer ''"),
-    (dict(choices=None), "answer"), (dict(choices=[]), "answer"), (dict(choices=["3", None]), "option"),
-    (dict(choices=["3", " "]), "option"), (dict(choices="['3', '4']"), "no list"), (dict(prompt=None), "question"),
-    (dict(answer=1), "answer 1"), (dict(answer=7.5), "answer 7.5")]
+    (dict(answer=None), "answer None"), (dict(answer="B"), "answer 'B'"), (dict(choices=[]), "answer"),
+    (dict(choices=["3", " "]), "option"), (dict(choices="['3', '4']"), "no list"), (dict(prompt=None), "question")]
 
 
 def test_evaluation_data_with_faults_stops(cvbench, evaluate, tmp_path):
@@ -2143,22 +2113,17 @@ def test_evaluation_data_with_faults_stops(cvbench, evaluate, tmp_path):
         cases[f"--data {path}"] = f"{path}, row 0 {words}"
     pq.write_table(table.drop_columns(["prompt"]), tmp_path / "less.parquet")
     pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
-    (tmp_path / "toy").mkdir()
-    shutil.copy(cvbench / "test_2d.parquet", tmp_path / "toy/test.parquet")
-    write_rows(tmp_path / "toy/train.parquet", {})
     write_rows(tmp_path / "own.parquet", dict(answer=""), {})
-    (tmp_path / "file").write_text("")
     all_stop(lambda flags: evaluate(tmp_path / "results", *flags), cases | {
         "--modes instruct-direct": "--modes instruct-direct base-reasoning base-direct",
-        "--temperature -1": "--temperature", "--limit 0": "--limit",
+        "--temperature -1": "--temperature", "--limit 0": "--limit", "--num_generations 5": "5 --temperature",
         f"--data {tmp_path}/none.parquet": "none.parquet no rows", f"--data {tmp_path}/own.parquet": "row 0 answer",
-        f"--data {tmp_path}/toy": "toy training data test.parquet",
-        f"--output_dir {tmp_path}/file/x": "--output_dir written",
+        f"--data {g.TOY}": "toy training data test.parquet", f"--output_dir {path}/x": "--output_dir written",
         f"--data {tmp_path}/less.parquet": "less.parquet 'prompt'", "--data no/such/file": "no/such/file"})
     assert not list((tmp_path / "results").rglob("answers*"))  # before the first answer
-    images = [dict(bytes=ONE, path=None)] * 2
-    rows = [bad | dict(image=images, choices=[3, 4], answer="(B)", task=7), good | dict(image=images[:1])]
-    pq.write_table(pa.Table.from_pylist([row | dict(choices=[3, 4], task=7) for row in rows]), tmp_path / "odd.parquet")
+    numbers, image = dict(choices=[3, 4], answer="(B)", task=7), dict(bytes=ONE, path=None)
+    rows = [bad | numbers | dict(image=[image] * 2), good | numbers | dict(image=[image])]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "odd.parquet")
     one, _ = eval_cvbench.load_questions(str(tmp_path / "odd.parquet"))
     assert (one["options"], one["answer"], one["task"], len(one["images"])) == (["3", "4"], "4", "7", 2)
 
@@ -2181,8 +2146,7 @@ def test_toy_scenes_are_new_and_answers_true():
         if question := make.ask(scene, kind, rng):
             words = re.findall(r"\w+", question.sat)
             things = sorted((x for x in scene if x.name in words), key=lambda x: words.index(x.name))
-            assert question.answer == TRUTHS[kind](*things) and question.answer in question.options
-            assert len(set(question.options)) == len(question.options)
+            assert question.answer == TRUTHS[kind](*things) and question.options.count(question.answer) == 1
             asked[kind] += 1
     assert all(asked[kind] > 30 for kind in make.TASKS)
 
@@ -2194,12 +2158,11 @@ def test_the_committed_toy_is_what_make_draws():
         return row | dict(pixels=Image.open(io.BytesIO(image["bytes"])).tobytes())
 
     rng, seen = random.Random(0), set()
-    expected = {"test.parquet": make.sat_rows(512, rng, seen)}
-    for name, kinds, sources in make.CVBENCH_FILES:
-        expected[f"cvbench/{name}"] = make.cvbench_rows(kinds, name, sources, 96, rng, seen)
-    expected["train.parquet"] = make.sat_rows(2048, rng, seen)
-    for name, rows in expected.items():
-        made, found = list(rows), pq.read_table(g.TOY / name).to_pylist()  # here rng and seen move on
+    sets = [("test.parquet", lambda: make.sat_rows(512, rng, seen))]
+    sets += [(f"cvbench/{name}", partial(make.cvbench_rows, kinds, name, sources, 96, rng, seen))
+             for name, kinds, sources in make.CVBENCH_FILES]
+    for name, draw in [*sets, ("train.parquet", lambda: make.sat_rows(2048, rng, seen))]:
+        made, found = list(draw()), pq.read_table(g.TOY / name).to_pylist()
         assert len(found) == len(made)
         assert [*map(with_pixels, found[::40])] == [*map(with_pixels, made[::40])]
     assert Image.open(g.TOY / "legend.png").tobytes() == make.paint_legend().tobytes()
