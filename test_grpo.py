@@ -438,7 +438,8 @@ ANSWERS = {
         "3": ["Option B", "b. 3", "\\boxed{\\text{B}}", "$3$", "(A) and (C) are wrong.\n\n**B**"],
         "2": ["<think> there are 2 on the left and", "(A) 2\n(B) 3\n(C) 4\nThere are 2.", "Answer: A. 2"],
         "": ["The answer is a matter of taste.", "There are 14 chairs, or 4.5.", "", "...", "(A) or (C)", "(D)",
-             "The answer is (A) or (C).", "**A** or **C**", "-3", "<answer></answer>", "3%", "(C) 3", "3/4", ".3", "2-3", "twenty-three", "three hundred", "three-legged", "more than 3", "3 or 5",
+             "The answer is (A) or (C).", "**A** or **C**", "-3", "<answer></answer>", "3%", "(C) 3", "3/4", ".3",
+             "2-3", "twenty-three", "three hundred", "three-legged", "more than 3", "3 or 5",
              "(A) 2\n(B) 3\n(C) 4", "3, maybe 4", "4? 3?", "Answer: (C) 2"]},
     "right/left": {
         "left": ["So it is left.", "(b) left", "(A) is wrong, so (B)", "It’s left, it isn’t right.", "B, not A",
@@ -582,14 +583,8 @@ def test_suppressed_are_special_tokens_but_the_end_tokens_and_unused_rows(world)
     assert {p.dtype for p in loaded.parameters()} == {torch.float32}
 
 
-def test_the_image_matters_and_runs_once_per_pass_without_a_convolution(world, monkeypatch):
+def test_the_image_tower_runs_once_per_pass_without_a_convolution(world, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "conv3d", lambda *_: 1 / 0)
-    pixels, patches = world.pass_.pixel_values.clone(), len(world.each[0].pixel_values)
-    pixels[patches:patches + 20] = pixels[patches:patches + 20].flip(0)  # of prompt 1
-    other = changed(world.pass_, pixel_values=pixels)
-    one, two = (world.reference_logps([prompts]) for prompts in (world.pass_, other))
-    change = (one - two).abs().amax(1)
-    assert (change[3:6] > 1e-3).all() and (change[:3] == 0).all() and (change[6:] == 0).all()
     model, cfg = copy.deepcopy(world.model), g.Config(num_generations=G, score_tokens=9, beta=0.0)
     model.model.visual.forward = tower = Mock(wraps=model.model.visual.forward)
     policy, ones = g.Policy(model), torch.ones(12)
@@ -600,25 +595,8 @@ def test_the_image_matters_and_runs_once_per_pass_without_a_convolution(world, m
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_decoding_is_the_same_alone_and_in_transformers(family, worlds):
-    world, model = worlds[family], copy.copy(worlds[family].model)
-    model.eos_ids = [0]
-    free = g.sample(model, world.two_passes, 1, 12, 0).completion_ids
-    model.eos_ids = [int(free[0, 2]), int(free[3, 4])]
-    together = g.sample(model, world.two_passes, 1, 12, 0)
-    assert len(set(together.lengths.tolist())) > 1
-    suppressed = model.suppressed.nonzero()[:, 0].tolist()
-    for _, group, ids in world.rows(together, 1):
-        one = g.sample(model, [world.each[group]], 1, 12, 0)
-        assert ids.tolist() == one.completion_ids[0].tolist() and together.finished[group] == one.finished[0]
-        inputs = world.inputs(world.stock, world.each[group])
-        theirs = world.stock.generate(**inputs, do_sample=False, max_new_tokens=12, eos_token_id=model.eos_ids,
-                                      suppress_tokens=suppressed)
-        assert ids.tolist() == theirs[0, inputs["input_ids"].shape[1]:].tolist()
-
-
-def test_what_was_sampled_is_what_is_scored(world, monkeypatch):
-    sizes, forward = [], g.Decoder.forward
+def test_what_is_sampled_is_what_is_scored_and_greedy_is_the_likeliest(family, worlds, monkeypatch):
+    world, sizes, forward = worlds[family], [], g.Decoder.forward
     monkeypatch.setattr(g.Decoder, "forward", lambda self: sizes.append(len(self.indices)) or forward(self))
     draw = lambda number, temperature=1.0: g.sample(world.model, [world.pass_], G, 9, temperature, seed(number))
     for temperature in 1.0, 1.7:
@@ -635,6 +613,9 @@ def test_what_was_sampled_is_what_is_scored(world, monkeypatch):
     assert not torch.equal(draw(7).completion_ids, world.rollout.completion_ids)
     # the model's own generation_config, with its top_k of 1, is not heeded
     assert world.model.generation_config.top_k == 1 and len(world.rollout.completion_ids.unique(dim=0)) > 8
+    for _, group, ids in world.rows(g.sample(world.model, world.two_passes, 1, 12, 0), 1):
+        with torch.no_grad():
+            assert torch.equal(world.alone(world.stock, world.each[group], ids).argmax(-1), ids)
 
 
 def test_tokens_are_drawn_from_the_models_distribution(world):
@@ -1367,8 +1348,7 @@ def test_each_family_trains_saves_and_is_evaluated(family, worlds, train, evalua
 BROKEN_MODELS = [  # a file of a model, what is changed in its JSON, or its text (None: gone), words of the sentence
     ("config.json", dict(model_type="llava"), "llava qwen2_vl qwen2_5_vl qwen3_vl"),
     ("config.json", dict(model_type="mine"), "cannot load"), ("config.json", '{"model_type": "qwen', "cannot load"),
-    ("config.json", None, "cannot load"), ("tokenizer.json", None, "tokenizer"),
-    ("preprocessor_config.json", None, "image processor"), ("model.safetensors", None, "cannot load"),
+    ("tokenizer.json", None, "tokenizer"), ("preprocessor_config.json", None, "image processor"),
     ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "cannot load"),
     ("config.json", dict(quantization_config=dict(quant_method="fp8")), "quantised bf16"),
     ("config.json", dict(use_sliding_window=True, sliding_window=9), "sliding window"),
@@ -1521,30 +1501,6 @@ def test_the_second_signal_and_what_comes_after_a_run_get_the_old_handler(number
     assert [path.name for path in g.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
 
 
-def test_two_stages_are_one_run_and_resuming_is_bit_equal(world, train, tmp_path, capsys):
-    whole, again = tmp_path / "whole", tmp_path / "again"
-    train(whole, *"--resume --lr_scheduler_type constant --max_steps 2 --max_completion_length 3".split(),
-          "--num_generations", 2)
-    assert f"from {world.folder}" in capsys.readouterr().out  # there was nothing to resume
-    shutil.copytree(whole, again, ignore=shutil.ignore_patterns("final"))
-    go_on = lambda run, steps: g.main(["--resume", "--output_dir", str(run), "--max_steps", steps, *(
-        "--max_completion_length 9 --num_generations 4".split())])  # the other settings come from its config.json
-    go_on(whole, "4")
-    samples = jsonl(whole / "completions.jsonl")
-    lengths = [[s["length"] for s in samples if s["step"] == step] for step in (1, 2, 3, 4)]
-    assert [(len(some), max(some) > 3) for some in lengths] == [(4, False)] * 2 + [(8, True)] * 2
-    assert {m["learning_rate"] for m in jsonl(whole / "metrics.jsonl")} == {1e-3}  # constant
-    go_on(again, "3")
-    (again / "checkpoint-9.tmp").mkdir()  # what a run leaves that is killed while it saves
-    (again / "metrics.jsonl").open("a").write('{"step": 99, "half a li')
-    go_on(again, "4")
-    assert same_run(whole, again) and not same_weights(again / "final", again / "checkpoint-3")
-    shutil.copytree(whole, tmp_path / "complete")
-    for steps in "4", "3":  # a run that is complete stays as it is
-        go_on(tmp_path / "complete", steps)
-        assert same_run(tmp_path / "complete", whole)
-
-
 def test_a_run_goes_on_only_as_it_began(train, sat, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(sat, "data")
@@ -1565,10 +1521,12 @@ def test_a_run_goes_on_only_as_it_began(train, sat, tmp_path, monkeypatch, capsy
     shutil.copy(sat / "train.parquet", "train.parquet")
     refused("--prompts_per_step", run, "--prompts_per_step", "4")
     capsys.readouterr()
-    go_on(run, "2", *"--seed 1 --rewards format".split())
+    go_on(run, "2", *"--num_generations 2 --max_completion_length 2 --lr_scheduler_type constant".split())
     said = re.findall("--resume: (.*) from here on", capsys.readouterr().out)
-    assert sorted(said) == ["max_steps was 1 and is 2", "rewards was accuracy,format,letters and is format",
-                            "seed was 0 and is 1"]
+    assert sorted(said) == ["lr_scheduler_type was linear and is constant", "max_completion_length was 8 and is 2",
+                            "max_steps was 1 and is 2", "num_generations was 4 and is 2"]
+    second = [s["length"] for s in jsonl(run / "completions.jsonl") if s["step"] == 2]
+    assert len(second) == 4 and max(second) <= 2 and jsonl(run / "metrics.jsonl")[1]["learning_rate"] == 1e-3
     config = (run / "config.json").read_text()
     (run / "checkpoint-1/config.json").write_text(config[:99])
     for folder in tmp_path / "data", run / "checkpoint-1", run / "final":  # none, half of one, a model's
@@ -1603,8 +1561,8 @@ def test_a_folder_belongs_to_one_run(train, tmp_path, monkeypatch):
 
 
 def test_a_run_that_was_stopped_and_killed_ends_as_if_it_had_not_been(train, small_run, tmp_path):
-    flags = "--max_steps 14 --save_steps 3 --rewards accuracy,format,length".split()
-    train(tmp_path / "whole", *flags, main=recipes.main)
+    flags = "--max_steps 14 --save_steps 3 --rewards accuracy,format,length --resume".split()
+    train(tmp_path / "whole", *flags, main=recipes.main)  # there is nothing to resume
     folder = tmp_path / "run"
 
     def interrupt(number, *argv):
@@ -1619,8 +1577,11 @@ def test_a_run_that_was_stopped_and_killed_ends_as_if_it_had_not_been(train, sma
     assert code == 0 and f"--resume --output_dir {folder}" in said
     assert g.checkpoints(folder)[-1].name == f"checkpoint-{len(jsonl(folder / 'metrics.jsonl'))}"
     assert interrupt(signal.SIGKILL, "--resume")[1] == -signal.SIGKILL and not (folder / "final").exists()
-    recipes.main(["--resume", "--output_dir", str(folder), "--save_total_limit", "2"])
-    assert same_run(tmp_path / "whole", folder)
+    (folder / "checkpoint-19.tmp").mkdir()  # what a run leaves that is killed while it saves
+    (folder / "metrics.jsonl").open("a").write('{"step": 99, "half a li')
+    for steps in "14", "14", "13":  # a run that is complete stays as it is
+        recipes.main(["--resume", "--output_dir", str(folder), "--save_total_limit", "2", "--max_steps", steps])
+        assert same_run(tmp_path / "whole", folder)
     assert [path.name for path in g.checkpoints(folder)] == ["checkpoint-12", "checkpoint-14"]
 
 
