@@ -7,18 +7,11 @@
     python eval_cvbench.py --data toy/test.parquet --temperature 1 --num_generations 64 --strict    # pass@k
     python eval_cvbench.py --compare A/answers.jsonl B/answers.jsonl            # is B better than A?
     python eval_cvbench.py --ask "What is left of the tree?" --image photo.jpg --model runs/sat/final
-    python eval_cvbench.py --draw runs/toy       # its curves.png and rollouts.html again
 
-It reads CV-Bench (a hub id, or a folder of its Parquet files) and, for held-out questions of the training
-kind, a file as prepare_sat.py writes it. A CV-Bench row:
-
-    idx 0, type "2D", task "Count", image <PNG>, question "How many ...?", choices ["2", "3"], answer "(B)",
-    prompt "How many ...? Select from the following choices.\\n(A) 2\\n(B) 3", source "ADE20K", ...
-
-A question's answers go to answers.jsonl in a folder under results/ at once. The folder's name holds the model,
-the data, the mode and a digest of weights, settings and questions, so the same command resumes where it was
-stopped, and grades kept answers anew. Beside them lie summary.json, summary.md and report.html. While it trains,
-grpo_vision.py calls the functions whose names begin with on_.
+--data is CV-Bench (a hub id, or a folder of its Parquet files) or a file that prepare_sat.py wrote. Each answer is
+written at once, to answers.jsonl in a folder of results/ whose name has the model, the data, the mode and a digest of
+weights, settings and questions. So the same command resumes where it was stopped, and grades kept answers anew.
+While it trains, grpo_vision.py calls the functions whose names begin with on_.
 """
 import argparse
 import base64
@@ -30,7 +23,6 @@ import os
 import random
 import re
 import shlex
-import shutil
 import sys
 from collections import defaultdict, namedtuple
 from datetime import timedelta
@@ -51,7 +43,7 @@ from tqdm import tqdm
 
 import grpo_vision as gv
 from grpo_vision import (ANSWER_BLOCK, HERE, PRESETS, RUNS, accuracy_reward, append_jsonl, choose, explained,
-                         extract_answer, fail, normalise)
+                         extract_answer, fail, normalise, require)
 from recipes import math_reward
 
 # ---- The questions ---------------------------------------------------------------------------------------
@@ -69,11 +61,10 @@ def read_rows(path):
 
 
 def load_questions(path, limit=None):
-    """CV-Bench (hub id, folder or file) or a file of the training layout -> list of questions, each a dict of
-    id, where, task, source, images, text (what the template is filled with), options, answer (an option)."""
+    """CV-Bench or a file of the training layout -> list of questions, each a dict of id, where, task, source, images,
+    text (what fills the template), options, answer (one of them), size (about the tokens of the prompt)."""
     rows, questions = read_rows(path), []
-    if not rows:
-        fail(f"{path} has no rows")
+    require(rows, f"{path} has no rows")
     cvbench = "choices" in rows[0]
     needed = "image prompt choices answer task source" if cvbench else "images question options answer"
     if missing := sorted(set(needed.split()) - rows[0].keys()):
@@ -81,33 +72,32 @@ def load_questions(path, limit=None):
     # sampled: files are sorted by task
     for index in sorted(random.Random("questions").sample(range(len(rows)), min(limit or len(rows), len(rows)))):
         where = f"{path}, row {index}"
-        with explained(f"{where}: mend or remove it"):
+        with explained(f"{where} cannot be read, so mend or remove it"):
             questions.append({"id": index, "where": where, **parse_row(rows[index], cvbench)})
     return questions
 
 
 def parse_row(row, cvbench):
-    """-> a question, as `load_questions` returns it, without id and where. Raises ValueError if it has faults."""
-    images, options, answer = row["image" if cvbench else "images"], row["choices" if cvbench else "options"], row["answer"]
+    """-> a question, as `load_questions` returns it, without id and where. Raise ValueError if it has faults."""
+    text, options, images = (row[name] for name in (("prompt", "choices", "image") if cvbench else
+                                                    ("question", "options", "images")))
     images = images if isinstance(images, list) else [images] if images else []
     if not isinstance(options or [], list):
         raise ValueError(f"its options are no list: {options!r}")
-    options = [str(option) if isinstance(option, (int, float)) else option for option in options or []]
-    if cvbench:
-        letter = re.fullmatch(r"\(([A-Z])\)", str(answer).strip())
-        answer = dict(zip(LETTERS, options)).get(letter[1]) if letter else None
-    text = row["prompt"] if cvbench else row["question"]
+    options, answer = [str(x) if isinstance(x, (int, float)) else x for x in options or []], row["answer"]
     if not all(isinstance(part, str) and part.strip() for part in (text, *options)):
         raise ValueError("its question or an option is empty, or no text")
-    if not answer or answer not in (options or [answer]) or cvbench and not options:
-        raise ValueError(f"its answer {row['answer']!r} is none of its options {options}")
-    if not all(image and (image["bytes"] or Path(image["path"] or "").is_file()) for image in images or [None] * cvbench):
-        raise ValueError("an image is missing")
     if cvbench:
-        return {"task": str(row["task"]), "source": row["source"], "images": images, "text": text,
-                "options": options, "answer": answer}
-    return {"task": str(row.get("question_type") or "all"), "source": "held-out", "images": images,
-            "text": gv.build_question(text, options), "options": options, "answer": str(answer)}
+        answer = dict(zip((f"({letter})" for letter in LETTERS), options)).get(str(answer).strip())
+    if not answer or options and answer not in options:
+        raise ValueError(f"its answer {row['answer']!r} is none of its options {options}")
+    if not all(images) or cvbench and not images:
+        raise ValueError("an image is missing")
+    headers = [Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"] or "") for image in images]
+    task, source = (row["task"], row["source"]) if cvbench else (row.get("question_type") or "all", "held-out")
+    return dict(task=str(task), source=source, images=images, options=options, answer=str(answer),
+                text=text if cvbench else gv.build_question(text, options),
+                size=len(text) / 4 + sum(image.width * image.height for image in headers) / 28**2)
 
 
 # ---- The answers -----------------------------------------------------------------------------------------
@@ -123,16 +113,15 @@ MODES = {
 
 
 def choose_modes(names, tokenizer):
-    """--modes -> names of MODES. reasoning and direct: in the kind of prompt that the chat template asks for, as
-    in training. all: every mode that the model admits. An instruct prompt needs a template with roles."""
-    kind, modes = gv.choose_prompt(tokenizer), []
+    """--modes -> names of MODES. reasoning, direct: in the kind of prompt that the chat template asks for, as in
+    training. all: every mode that the model admits, since an instruct prompt needs a template with roles."""
+    kind = gv.choose_prompt(tokenizer)
     admitted = [mode for mode in MODES if kind == "instruct" or mode.startswith("base")]
-    for name in names:
-        modes += admitted if name == "all" else [name if name in MODES else f"{kind}-{name}"]
-    if refused := set(modes) - set(admitted):
-        fail(f"--modes {refused.pop()}: the model has no chat template that tells user from assistant; "
-             f"choose from: {', '.join(admitted)}")
-    return list(dict.fromkeys(modes))
+    chosen = {"all": admitted, "reasoning": [f"{kind}-reasoning"], "direct": [f"{kind}-direct"]}
+    modes = list(dict.fromkeys(mode for name in names for mode in chosen.get(name, [name])))
+    if not {*modes} <= {*admitted}:
+        fail(f"--modes {' '.join(names)}: no chat template with roles. Choose from {', '.join(admitted)}")
+    return modes
 
 
 def prompt_text(question, mode, tokenizer):
@@ -143,20 +132,12 @@ def prompt_text(question, mode, tokenizer):
     return gv.render(row, template, tokenizer)
 
 
-def prompt_size(question):
-    """About the tokens of a prompt, by the headers of its images."""
-    with explained(f"{question['where']}: an image cannot be read"):
-        sizes = [Image.open(io.BytesIO(image["bytes"]) if image["bytes"] else image["path"]).size
-                 for image in question["images"]]
-    return len(question["text"]) / 4 + sum(width * height for width, height in sizes) / 28**2
-
-
 def answer_questions(model, tokenizer, image_processor, questions, mode, done=(), batch_size=32,
                      max_new_tokens=1024, temperature=0.0, seed=0, strict=False, num_generations=1):
     """Yield one record for each question that is not `done` (a set of ids), with its num_generations answers;
     greedy unless temperature > 0. Batches hold questions of like length, the longest first: if memory does not
     suffice, it shows at once. They do not depend on `done`, and neither do samples."""
-    order, n = sorted(questions, key=lambda q: (-prompt_size(q), q["id"])), max(1, batch_size // num_generations)
+    order, n = sorted(questions, key=lambda q: (-q["size"], q["id"])), max(1, batch_size // num_generations)
     for batch in (order[first:first + n] for first in range(0, len(order), n)):
         if all(q["id"] in done for q in batch):
             continue
@@ -312,8 +293,8 @@ def with_verdicts(record, strict):
         said = (extract_answer if strict else read_answer)(text)
         chosen = (choose if strict else read_choice)(said, options) if said else None
         correct = is_right(text, options, record["answer"], strict)
-        answers.append(a | {"extracted": said, "chosen": chosen, "correct": correct})
-    return record | {"answers": answers}
+        answers.append(a | dict(extracted=said, chosen=chosen, correct=correct))
+    return record | {"answers": answers, "right": sum(a["correct"] for a in answers)}
 
 
 # ---- Files -----------------------------------------------------------------------------------------------
@@ -345,33 +326,23 @@ def write_jsonl(path, records):
     write_text(path, "".join(json.dumps(record) + "\n" for record in records))
 
 
-def digest(value, *blobs):
-    """A value that JSON can hold, and bytes -> 12 hex digits."""
-    found = hashlib.sha256(json.dumps(value).encode())
-    for blob in blobs:
-        found.update(blob)
+def digest(*parts):
+    """Bytes, or values that JSON can hold -> 12 hex digits."""
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(part if isinstance(part, bytes) else json.dumps(part).encode())
     return found.hexdigest()[:12]
-
-
-def fingerprint(path):
-    """Digests of a model folder's weights -> list. A hub id stands for itself."""
-    files = sorted(Path(path).glob("*.safetensors"))
-    return [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in files] or [str(path)]
 
 
 def question_digest(q):
     """Changes with anything that a question asks or shows."""
     blobs = [image["bytes"] or Path(image["path"]).read_bytes() for image in q["images"]]
-    return digest([q["text"], q["options"], q["answer"]], *blobs)
+    return digest(q["text"], q["options"], q["answer"], *blobs)
 
 
 def short(path):
     """A path as one types it in the script's folder."""
     return str(path).removeprefix(f"{HERE}/")
-
-
-def slug(path):
-    return re.sub(r"[^\w.-]+", "-", short(path)).strip("-")[-80:]  # a file system's names have an end
 
 
 # ---- The scores ------------------------------------------------------------------------------------------
@@ -381,13 +352,9 @@ PUBLISHED = {"Count": 788, "Relation": 650, "Depth": 600, "Distance": 600,  # CV
              "ADE20K": 633, "COCO": 805, "Omni3D": 1200}                    # and by source
 Z = NormalDist().inv_cdf(0.975)  # 1.96: a 95 % interval
 
-PAPER = {  # arXiv 2503.05132, table 1; the base model's Depth is printed as 0.16, likely 10.16
-    "base": (54.69, 22.46, 0.16, 31.66, 31.38), "base + SFT": (60.02, 68.92, 55.00, 45.83, 57.84),
-    "base + GRPO": (59.64, 66.76, 54.16, 56.66, 59.47), "instruct": (45.43, 68.92, 58.66, 51.66, 55.64),
-    "instruct + RL": (61.68, 71.08, 61.50, 60.00, 63.57),
-    "instruct + RL, vision frozen": (64.21, 78.00, 65.67, 66.00, 68.34),
-    "instruct + RL, LLM frozen": (62.05, 72.46, 65.17, 62.17, 65.35)}
-
+# arXiv 2503.05132, table 1; the base model's Depth is printed as 0.16, likely 10.16
+PAPER = {"base": (54.69, 22.46, 0.16, 31.66, 31.38), "base + SFT": (60.02, 68.92, 55.00, 45.83, 57.84),
+         "base + GRPO": (59.64, 66.76, 54.16, 56.66, 59.47), "instruct": (45.43, 68.92, 58.66, 51.66, 55.64)}
 Score = namedtuple("Score", "n value low high chance")  # all but n in percent
 
 
@@ -399,8 +366,7 @@ def groups_of(records):
     for record in records:
         for key, group in found.items():
             group[record[key]].append(record)
-    rank = {name: i for i, name in enumerate(PUBLISHED)}
-    tasks, sources = ({name: [(1, group[name])] for name in sorted(group, key=lambda x: (rank.get(x, 99), x))}
+    tasks, sources = ({name: [(1, group[name])] for name in sorted(group, key=lambda x: ([*PUBLISHED, x].index(x), x))}
                       for group in found.values())
     combined = {"total": [(1, list(records))]}
     if {"ADE20K", "COCO", "Omni3D"} <= sources.keys():
@@ -410,39 +376,31 @@ def groups_of(records):
     return tasks | combined | (sources if len(sources) > 1 else {})
 
 
-def right_answers(record):
-    return sum(answer["correct"] for answer in record["answers"])
-
-
 def pass_at_k(n, right, k):
     """The chance that of k answers, drawn from n of which `right` are right, at least one is right. Over the n
     samples this estimates pass@k without bias (arXiv 2107.03374, eq. 1).
 
-    >>> pass_at_k(4, 1, 1), pass_at_k(4, 1, 2), pass_at_k(4, 1, 4)
-    (0.25, 0.5, 1.0)
+    >>> [pass_at_k(4, 1, k) for k in (1, 2, 4)]
+    [0.25, 0.5, 1.0]
     """
     return 1 - comb(n - right, k) / comb(n, k)
 
 
 def score_of(parts, k=1):
-    """[(weight, records), ...] -> Score of the weighted mean of their pass@k, which for one answer to each
-    question is the share of right ones. chance: what guesses among each question's options would reach.
-    low, high: the 95 % interval over questions. It is Wilson's for a share, which does not leave 0 .. 100; a
-    mean of fractions is taken for the share of as many questions as would have its variance. For a mean of
-    parts it comes from their distances to the ends of their own intervals (MOVER: Zou and Donner 2008)."""
-    value = below = above = chance = 0
+    """[(weight, records), ...] -> Score of the weighted mean of their pass@k; with one answer to each question that
+    is the share of right ones. low, high: Wilson's 95 % interval, which does not leave 0 .. 100, for as many
+    questions as give a share this variance. chance: what guesses among each question's options would reach."""
+    count, value, variance, chance = 0, 0.0, 0.0, 0.0
     for weight, records in parts:
-        each = [pass_at_k(len(r["answers"]), right_answers(r), k) for r in records]
-        n, p, variance = len(each), mean(each), pvariance(each)
-        n *= p * (1 - p) / variance if variance else 1
-        middle, half = p + Z**2 / (2 * n), Z * (p * (1 - p) / n + Z**2 / (4 * n**2)) ** 0.5
-        low, high = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
-        value += weight * p
-        below += (weight * (p - low)) ** 2
-        above += (weight * (high - p)) ** 2
+        each = [pass_at_k(len(r["answers"]), r["right"], k) for r in records]
+        count += len(each)
+        value += weight * mean(each)
+        variance += weight**2 * pvariance(each) / len(each)
         chance += weight * mean(1 - (1 - 1 / len(r["options"])) ** k if r["options"] else 0 for r in records)
-    ends = max(value - below**0.5, 0.0), min(value + above**0.5, 1.0)
-    return Score(sum(len(records) for _, records in parts), *(100 * x for x in (value, *ends, chance)))
+    n = value * (1 - value) / variance if variance else count
+    middle, half = value + Z**2 / (2 * n), Z * (value * (1 - value) / n + Z**2 / (4 * n**2)) ** 0.5
+    low, high = ((middle + side * half) / (1 + Z**2 / n) for side in (-1, 1))
+    return Score(count, *(100 * x for x in (value, low, high, chance)))
 
 
 def scores_of(records):
@@ -458,7 +416,6 @@ def rates_of(records):
     answers = [answer for record in records for answer in record["answers"]]
     rate = lambda test: 100 * mean(bool(test(answer)) for answer in answers)
     return {"unparsed": rate(lambda a: a["chosen"] is None), "truncated": rate(lambda a: not a["finished"]),
-            "letter only": rate(lambda a: re.fullmatch(r"\(?[A-Za-z]\)?\.?", a["extracted"] or "")),
             "one answer block": rate(lambda a: extract_answer(a["completion"]) is not None),
             "reflection word": rate(lambda a: REFLECTION.search(a["completion"])),
             "mean length": mean(a["length"] for a in answers)}
@@ -467,8 +424,8 @@ def rates_of(records):
 def sign_test(a, b):
     """Two lists of records of the same questions -> the p-value of the two being equally good, by McNemar's
     exact test: only questions that one answered better than the other tell them apart."""
-    won = sum(right_answers(y) > right_answers(x) for x, y in zip(a, b))
-    lost = sum(right_answers(x) > right_answers(y) for x, y in zip(a, b))
+    won = sum(y["right"] > x["right"] for x, y in zip(a, b))
+    lost = sum(x["right"] > y["right"] for x, y in zip(a, b))
     return min(1.0, 2 * sum(comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2 ** (won + lost))
 
 
@@ -478,7 +435,7 @@ def compare(paths):
     both = sorted(a.keys() & b.keys())
     if not both or any(a[i].get("question") != b[i].get("question", "") for i in both):  # or are no answers
         fail(f"--compare: {paths[0]} and {paths[1]} hold no answers to the same questions")
-    alone = len(a) + len(b) - 2 * len(both)
+    alone = len(a.keys() ^ b.keys())
     print(f"A: {paths[0]}\nB: {paths[1]}\n{len(both)} questions; {alone} that only one has are left out")
     of_a, of_b = (groups_of([records[i] for i in both]) for records in (a, b))
     for name, parts in of_a.items():
@@ -493,16 +450,15 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</t
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>
 body {{ font: 15px/1.45 system-ui, sans-serif; max-width: 66rem; margin: 1rem auto; padding: 0 .7rem }}
-h2 {{ border-bottom: 1px solid #ccc; margin-top: 2.5rem }}
-table {{ border-collapse: collapse; margin: .5rem 0; max-width: 100% }}
-td, th {{ padding: .25rem .4rem; text-align: right; vertical-align: top }}
+h2 {{ margin-top: 2.5rem }} td, th {{ padding: .25rem .4rem; text-align: right; vertical-align: top }}
 td:first-child, th:first-child {{ text-align: left; overflow-wrap: anywhere }}
 pre, td.text {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.6 ui-monospace, monospace }}
-img {{ max-width: min(14rem, 100%); max-height: 14rem; border: 1px solid #ccc }}
-.question {{ display: flex; flex-wrap: wrap; gap: .7rem; margin: 1.2rem 0 .4rem }}
-.question div {{ flex: 1 1 16rem; min-width: 0 }}
-tr {{ border-left: 4px solid transparent }} tr.up {{ border-color: #2a9d3a }} tr.down {{ border-color: #d0402b }}
-.right {{ background: #d9f2d9 }} .wrong {{ background: #fbe0dd }} .most {{ outline: 1px solid }}
+.question {{ display: flex; flex-wrap: wrap; align-items: start; gap: .7rem; margin-top: 1.2rem }}
+.question div {{ flex: 1 1 16rem; min-width: 0 }} img {{ max-width: min(14rem, 100%); max-height: 14rem }}
+tr.up {{ border-left: 4px solid #2a9d3a }} tr.down {{ border-left: 4px solid #d0402b }} .most {{ outline: 1px solid }}
+table {{ border-collapse: collapse }} .right {{ background: #d9f2d9 }} .wrong {{ background: #fbe0dd }}
+@media (max-width: 40rem) {{ table, tbody {{ display: block }} td:first-child, th:first-child {{ grid-column: 1 / -1 }}
+tr {{ display: grid; grid-template-columns: repeat(auto-fit, minmax(4rem, 1fr)) }} }}
 .token {{ position: relative }} .token:hover::after, .token:focus::after {{ content: attr(data-p);
 position: absolute; left: 0; top: 1.5em; z-index: 1; background: #222; color: #fff; padding: 0 .4em; white-space: pre }}
 </style>
@@ -523,32 +479,18 @@ def markdown_table(rows):
     return "\n".join(lines) + "\n"
 
 
-def data_uri(picture, side=320):
-    """PIL image -> the address of a small PNG or JPEG that lies in the page itself."""
-    picture.thumbnail((side, side))
+def image_html(picture):
+    """PIL image -> an <img> that holds it, made small, as PNG or JPEG."""
+    picture.thumbnail((320, 320))
     kind, buffer = "PNG" if max(picture.size) <= 96 else "JPEG", io.BytesIO()
     picture.save(buffer, kind)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<img alt="image" src="data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}">'
 
 
-def image_html(uri):
-    return f'<img alt="the image" src="{uri}">'
-
-
-def question_html(uris, asked, options, answer, said=""):
-    return (f'<div class="question">{"".join(map(image_html, uris))}<div>{asked}<br>'
+def question_html(images, asked, options, answer, said=""):
+    return (f'<div class="question">{"".join(images)}<div>{asked}<br>'
             f'Options: {html.escape(", ".join(options or []))}<br>'
             f'Right answer: <span class="right">{html.escape(answer)}</span><br>{said}</div></div>')
-
-
-def find_legend(data_path):
-    """-> the legend.png beside the data, or one folder up, that explains what its images show; or None."""
-    folder = Path(data_path) if Path(data_path).is_dir() else Path(data_path).parent
-    return next((path / "legend.png" for path in (folder, folder.parent) if (path / "legend.png").exists()), None)
-
-
-def legend_html(legend):
-    return f"<p>What is what:</p>{image_html(data_uri(Image.open(legend), 640))}" if legend else ""
 
 
 def tables_of(records):
@@ -562,34 +504,31 @@ def tables_of(records):
     if PUBLISHED.items() <= {name: s.n for name, s in scores.items()}.items():
         tasks = "Count Relation Depth Distance total".split()
         systems = {"here": [scores[task].value for task in tasks]} | PAPER
-        tables.append([["paper, % right", *tasks]] + [[name, *(f"{value:.2f}" for value in values)]
-                                                      for name, values in systems.items()])
+        rows = [[name, *(f"{value:.2f}" for value in values)] for name, values in systems.items()]
+        tables.append([["paper, % right", *tasks], *rows])
     return tables
 
 
-def write_report(folder, title, records, questions, data_path, most=25):
-    """Records -> FOLDER/summary.json, summary.md and report.html. The page shows at most `most` questions of
+def write_report(folder, title, records, questions, most=25):
+    """Records -> FOLDER/summary.json and report.html. The page shows at most `most` questions of
     each task without a right answer, sampled with a seed, or it would not open. All text is escaped."""
     scores = {name: score._asdict() for name, score in scores_of(records).items()}
     write_text(folder / "summary.json", json.dumps({"scores": scores, "rates": rates_of(records)}, indent=1))
     tables = "\n".join(map(markdown_table, tables_of(records)))
-    write_text(folder / "summary.md", f"# {title}\n\n{tables}")
-    body = [f"<pre>{html.escape(tables)}</pre>", legend_html(find_legend(data_path))]
-    asked, wrong = {q["id"]: q for q in questions}, defaultdict(list)
-    for r in records:
-        if not right_answers(r) and r["id"] in asked:
-            wrong[r["task"]].append(r)
-    for task, some in wrong.items():
+    body = [f'<pre style="white-space: pre; overflow-x: auto">{html.escape(tables)}</pre>']
+    asked = {q["id"]: q for q in questions}
+    wrong = [r for r in records if not r["right"] and r["id"] in asked]
+    for task in dict.fromkeys(r["task"] for r in wrong):
+        some = [r for r in wrong if r["task"] == task]
         shown = sorted(random.Random("report").sample(some, min(most, len(some))), key=lambda r: r["id"])
         body.append(f"<h2>{html.escape(task)}: {len(some)} without a right answer, {len(shown)} of them shown</h2>")
         for r in shown:
             q, a = asked[r["id"]], r["answers"][0]
-            said = a["chosen"] or f"no choice: {(a['extracted'] or 'nothing')[:80]}"
-            body.append(question_html(
-                [data_uri(gv.open_image(image, q["where"])) for image in q["images"]],
-                f'Question {r["id"]}<pre>{html.escape(q["text"])}</pre>', q["options"], r["answer"],
-                f'Chosen: <span class="wrong">{html.escape(said)}</span>{" (cut off)" * (not a["finished"])}'
-                f'<pre>{html.escape(a["completion"])}</pre>'))
+            said = html.escape(a["chosen"] or f"no choice: {(a['extracted'] or 'nothing')[:80]}")
+            said = f'Chosen: <span class="wrong">{said}</span>{" (cut off)" * (not a["finished"])}'
+            body.append(question_html([image_html(gv.open_image(image, q["where"])) for image in q["images"]],
+                                      f'Question {r["id"]}<pre>{html.escape(q["text"])}</pre>', q["options"],
+                                      r["answer"], f'{said}<pre>{html.escape(a["completion"])}</pre>'))
     write_page(folder / "report.html", title, body)
 
 
@@ -606,8 +545,6 @@ def on_train_begin(run, done):
     if run.accelerator.is_main_process:
         for name in "completions.jsonl", "eval.jsonl", "rollouts.jsonl":
             cut_log(run.output_dir / name, done or -1)  # step 0 is evaluated anew
-        if legend := find_legend(run.cfg.data):
-            shutil.copy(legend, run.output_dir)
     if not done:
         evaluate_policy(run, 0)
 
@@ -627,7 +564,7 @@ def on_step_end(run, step, came):
 
 def shown_groups(run, step, came, after, most=2):
     """-> records of a step's first `most` groups, those with spread first, for rollouts.html: the question, its
-    images as addresses, and for each completion its tokens and their log-probabilities."""
+    images as HTML, and for each completion its tokens and their log-probabilities."""
     G, N = came.cfg.num_generations, len(came.advantages)
     groups = [range(i, i + G) for i in range(0, N, G)]
     has_spread = lambda group: any(came.advantages[i] != 0 for i in group)
@@ -643,34 +580,25 @@ def shown_groups(run, step, came, after, most=2):
                 name: [round(x, 4) for x in values[i, mask].tolist()]
                 for name, values in logps.items() if values is not None})
         yield {"step": step, "question": row["question"], "options": row["options"], "answer": row["answer"],
-               "images": [data_uri(image.copy()) for image in came.batch.images[group[0] // G]],
+               "images": [image_html(image.copy()) for image in came.batch.images[group[0] // G]],
                "completions": completions}
 
 
 def on_save(run, folder):
-    """Bring image and page up to date; after final/ say what came of the run. What cannot be drawn must not stop
-    the training."""
-    if folder.name == "final":
-        print_end(run)
-    elif run.accelerator.is_main_process:
-        try:
-            draw(run.output_dir)
-        except (Exception, SystemExit) as error:
-            print(f"warning: curves.png or rollouts.html could not be made: {error!r}", file=sys.stderr)
-
-
-def print_end(run):
-    """Print what came of the run, where it lies, and what to do next."""
+    """Bring curves and page up to date; after final/ print what came of the run, and what to do next."""
     if not run.accelerator.is_main_process:
         return
+    if folder.name != "final":
+        try:
+            return draw(run.output_dir)
+        except (Exception, SystemExit) as error:  # must not stop the training
+            return print(f"warning: curves.png or rollouts.html could not be made: {error!r}", file=sys.stderr)
     folder, scores = shlex.quote(short(run.output_dir)), read_jsonl(run.output_dir / "eval.jsonl")
     for name in dict.fromkeys(s["set"] for s in scores):
         first, *_, last = [s for s in scores if s["set"] == name] * 2
         print(f"{name}: {first['accuracy']:.1f} -> {last['accuracy']:.1f} % right, greedy, "
               f"± {last['standard_error']:.1f} on {last['questions']} questions")
-    data = run.cfg.eval_data
-    on = "" if data == PRESETS["toy"]["eval_data"] else f" --data {shlex.join(data.split(','))}"
-    on += " --modes direct" if run.template.endswith("-direct") else ""
+    on = " --modes direct" if run.template.endswith("-direct") else ""
     print(f"model:    {folder}/final\nlook at:  {folder}/curves.png  {folder}/rollouts.html")
     print(f"try next: python eval_cvbench.py --run {folder}{on}    # every checkpoint on all questions")
 
@@ -680,17 +608,15 @@ def evaluate_policy(run, step):
     rank, count = run.accelerator.process_index, run.accelerator.num_processes
     mode = run.template if run.template in MODES else f"{run.template}-reasoning"
     for name, questions in run.eval_sets.items():
-        mine = questions[rank::count]
-        answers = answer_questions(run.sampler, run.tokenizer, run.image_processor, mine, mode,
+        answers = answer_questions(run.sampler, run.tokenizer, run.image_processor, questions[rank::count], mode,
                                    max_new_tokens=run.cfg.max_completion_length)
-        records = gather_object(list(tqdm(answers, f"evaluation on {short(name)}", total=len(mine),
-                                          leave=False, disable=rank > 0)))
+        records = gather_object(list(answers))
         if rank == 0:
             append_score(run.output_dir / "eval.jsonl", step, name, records)
 
 
 def append_score(path, step, name, records):
-    n, p = len(records), mean(right_answers(r) / len(r["answers"]) for r in records)
+    n, p = len(records), mean(r["right"] / len(r["answers"]) for r in records)
     append_jsonl(path, [{"step": step, "set": short(name), "questions": n, "accuracy": 100 * p,
                          "standard_error": 100 * (p * (1 - p) / n) ** 0.5,
                          "mean_length": rates_of(records)["mean length"]}])
@@ -703,22 +629,13 @@ def smooth(values, width):
 
 
 def draw(run, scores=None):
-    """The logs of a run, finished or not -> RUN/curves.png and rollouts.html. scores: the file that holds its
-    evaluations, by default eval.jsonl."""
-    draw_curves(run, scores or run / "eval.jsonl")
-    write_rollouts(run)
-
-
-def draw_curves(run, scores):
-    """After the paper's Figure 1: accuracy on fixed questions and mean length of the rollouts by training step."""
+    """The logs of a run, finished or not -> RUN/rollouts.html and, after the paper's Figure 1, RUN/curves.png.
+    scores: the file that holds its evaluations, by default eval.jsonl."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(scores)
+    metrics, scores = read_jsonl(run / "metrics.jsonl"), read_jsonl(scores or run / "eval.jsonl")
     steps, width = [m["step"] for m in metrics], max(1, len(metrics) // 12)
-    reflecting = defaultdict(list)
-    for record in read_jsonl(run / "completions.jsonl"):
-        reflecting[record["step"]].append(bool(REFLECTION.search(record["completion"])))
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.grid": True, "grid.alpha": 0.25})
     figure, panels = plt.subplot_mosaic([["top"] * 3, [0, 1, 2], [3, 4, 5]], height_ratios=[5, 2, 2],
                                         figsize=(9, 7), layout="constrained")
@@ -731,20 +648,17 @@ def draw_curves(run, scores):
     top.set(xlabel="training step", ylabel="accuracy, % (bar: 1 standard error)", ylim=(0, 100))
     right = top.twinx()
     lengths = [m["completions/mean_length"] for m in metrics]
-    right.plot(steps, lengths, color="tab:red", lw=0.8, alpha=0.35)
     right.plot(steps, smooth(lengths, width), color="tab:red", lw=2, label="response length of the rollouts")
     right.set(ylabel="tokens", ylim=(0, 1.15 * max(lengths)))
-    right.grid(False)
     figure.legend(loc="outside upper center", ncols=3)
-    parts = [key for key in metrics[0] if key.startswith("rewards/")]
-    curves = [("reward", {key.removeprefix("rewards/"): [m[key] for m in metrics] for key in parts}),
+    names = [key.split("/")[1] for key in metrics[0] if key.endswith("/best")]
+    curves = [("reward", {name: [m[f"rewards/{name}"] for m in metrics] for name in names}),
               ("KL to the reference, per token", {"": [m["kl"] for m in metrics]}),
               ("entropy per token, nats", {"": [m["entropy"] for m in metrics]}),
               ("groups without spread", {"": [m["frac_reward_zero_std"] for m in metrics]}),
-              ("rollouts with a reflection word", {"": [mean(reflecting[step]) for step in steps]}),
+              ("reward, best of each group", {name: [m[f"rewards/{name}/best"] for m in metrics] for name in names}),
               ("rollouts cut at the token limit", {"": [m["completions/clipped_ratio"] for m in metrics]})]
-    for number, (title, lines) in enumerate(curves):
-        panel = panels[number]
+    for panel, (title, lines) in zip(map(panels.get, range(6)), curves):
         for label, values in lines.items():
             faint, = panel.plot(steps, values, lw=0.7, alpha=0.35)
             panel.plot(steps, smooth(values, width), color=faint.get_color(), label=label)
@@ -754,43 +668,35 @@ def draw_curves(run, scores):
             panel.legend(fontsize=8)
     figure.savefig(run / "curves.png", dpi=130)
     plt.close(figure)
-
-
-def token_html(text, change, largest, is_most, shown):
-    """A token, tinted by the change of its log-probability; `shown` appears where it is pointed at or focused."""
-    colour = "42, 157, 58" if change > 0 else "208, 64, 43"
-    style = f"background: rgba({colour}, {0.8 * abs(change) / largest:.2f})"
-    kind = "token most" if is_most else "token"
-    return f'<span class="{kind}" tabindex="0" style="{style}" data-p="{html.escape(shown)}">{html.escape(text)}</span>'
+    write_rollouts(run)
 
 
 def completion_html(c, largest):
-    """A record of `shown_groups`, and the largest change in its group -> a row of the group's table."""
-    names, changes = [name for name in ("before", "after", "reference") if name in c], []
-    for before, after in zip(c["before"], c["after"]):
-        changes.append(after - before)
-    most = max(range(len(changes)), key=lambda i: abs(changes[i]))
-    spans = [token_html(text, changes[i], largest, i == most,
-                        "\n".join(f"{name}: {exp(c[name][i]):.3f}" for name in names))
-             for i, text in enumerate(c["tokens"])]
+    """A record of `shown_groups`, and the largest change in its group -> a row of the group's table. A token's tint
+    is the change of its log-probability, and data-p is what appears where it is pointed at or focused."""
+    changes, spans = [after - before for before, after in zip(c["before"], c["after"])], []
+    for i, (text, change) in enumerate(zip(c["tokens"], changes)):
+        colour = "42, 157, 58" if change > 0 else "208, 64, 43"
+        kind = "token most" if abs(change) == max(map(abs, changes)) else "token"
+        shown = "\n".join(f"{x}: {exp(c[x][i]):.3f}" for x in ("before", "after", "reference") if x in c)
+        spans.append(f'<span class="{kind}" tabindex="0" data-p="{shown}" style="background: rgba({colour}, '
+                     f'{0.8 * abs(change) / largest:.2f})">{html.escape(text)}</span>'.replace("\n</", "↵\n</"))
     sign = "up" if c["advantage"] > 0 else "down" if c["advantage"] < 0 else "zero"
     numbers = [f"{c[key]:g}" for key in c if key.startswith("rewards/")] + [str(c["length"]), f"{c['advantage']:+.2f}"]
     cells = "".join(f"<td>{number}</td>" for number in numbers)
     return f'<tr class="{sign}"><td class="text">{html.escape(c["prefill"])}{"".join(spans)}</td>{cells}</tr>'
 
 
-ROLLOUTS = """<p>What the policy answered to a few training questions as it learned, and what the update after
-each did to it. A table is a group, the completions of one prompt. A completion with a green edge did better than
-its group, one with a red edge worse; without an edge, its advantage is 0. <span class="right">Green</span> tokens
-became likelier through the update, <span class="wrong">red</span> ones less likely; the strongest tint is the
-largest change in the group, and the frame marks the largest in the completion. Point at a token, or tap it, for its
-probability before the update, after it, and under the reference.</p>"""
+ROLLOUTS = """<p>The policy's completions of a few training questions, and what the update after each did to it. A
+table is a group, the completions of one prompt. A completion with a green edge did better than its group, one with a
+red edge worse; without an edge, its advantage is 0. The update made <span class="right">green</span> tokens likelier
+and <span class="wrong">red</span> ones less likely. A frame marks the largest change in a completion. Point at a
+token, or tap it, for its probability before the update, after it, and under the reference.</p>"""
 
 
 def write_rollouts(run):
     """RUN/rollouts.jsonl -> RUN/rollouts.html. All text is escaped: a completion with markup shows as text."""
-    legend = run / "legend.png"
-    body, steps = [ROLLOUTS, legend_html(legend if legend.exists() else None)], []
+    body, steps = [ROLLOUTS], []
     for group in read_jsonl(run / "rollouts.jsonl"):
         if group["step"] not in steps:
             steps.append(group["step"])
@@ -800,20 +706,18 @@ def write_rollouts(run):
         changes = [abs(after - before) for c in group["completions"] for before, after in zip(c["before"], c["after"])]
         heads = "".join(f"<th>{html.escape(name)}</th>" for name in ("completion", *names, "tokens", "advantage"))
         rows = [completion_html(c, max(max(changes), 1e-9)) for c in group["completions"]]
-        body += [f"<table><tr>{heads}</tr>", *rows, "</table>",
-                 f"<p>Strongest tint: {max(changes):.2g} in log-probability.</p>"]
+        body += [f"<table><tr>{heads}</tr>", *rows, f"</table><p>Strongest tint: {max(changes):.2g} nats.</p>"]
     write_page(run / "rollouts.html", f"Rollouts of {short(run)}", body)
 
 
 # ---- The command -----------------------------------------------------------------------------------------
 
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, toy_sets = parser.add_argument, PRESETS["toy"]["eval_data"].split(",")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
     add("--model", nargs="+", help="folders or hub ids; default: the last runs/toy*/final and its base")
     add("--run", type=Path, help="every checkpoint of this training run instead")
-    add("--data", nargs="+", default=toy_sets, help="CV-Bench, or files as prepare_sat.py writes them")
+    add("--data", nargs="+", help="CV-Bench, or files as prepare_sat.py writes them; default: the run's eval_data")
     add("--modes", nargs="+", default=["reasoning"], choices=["all", "reasoning", "direct", *MODES],
         help="how to ask; reasoning, direct: in the model's kind of prompt")
     add("--limit", type=int, help="only so many questions, always the same")
@@ -832,14 +736,12 @@ def parse_args(argv=None):
     add("--image", nargs="+", default=[], help="images that --ask is about")
     args = parser.parse_args(argv)
     for flag in "limit", "batch_size", "max_new_tokens", "max_pixels", "num_generations":
-        if getattr(args, flag) is not None and getattr(args, flag) < 1:
-            fail(f"--{flag} must be at least 1")
-    if args.image and not args.ask or args.ask == "" or args.run and args.model:
-        fail("--ask needs a question, --image needs --ask, and --run takes no --model")
-    if not 0 <= (args.temperature or 0) < inf:
-        fail("--temperature must be at least 0")
-    if args.num_generations > 1 and not args.temperature:
-        fail(f"--num_generations {args.num_generations}: greedy answers are all the same. Add --temperature 1.")
+        require(getattr(args, flag) is None or getattr(args, flag) >= 1, f"--{flag} must be at least 1")
+    require(args.ask or args.ask is None and not args.image, "--ask needs a question, and --image needs --ask")
+    require(not args.run or not args.model, "--run takes no --model")
+    require(0 <= (args.temperature or 0) < inf, "--temperature must be at least 0")
+    differ = args.temperature or args.num_generations == 1
+    require(differ, f"--num_generations {args.num_generations}: greedy answers are all the same. Add --temperature 1.")
     return args
 
 
@@ -858,24 +760,24 @@ def main(argv=None):
     args.dtype = args.dtype or ("bfloat16" if state.device.type == "cuda" else "float32")
     if args.model is None:
         last = max(RUNS.glob("toy*/final"), key=lambda path: path.stat().st_mtime, default=RUNS / "toy/final")
-        args.model, max_pixels = models_of(args.run or last.parent, only_ends=args.run is None)
-        args.max_pixels = args.max_pixels or max_pixels
+        args.model, config = models_of(args.run or last.parent, only_ends=args.run is None)
+        args.data = args.data or config["eval_data"].split(",")
+        args.max_pixels = args.max_pixels or config["max_pixels"]
     if args.ask:
         return ask(args, state.device)
     args.temperature = args.temperature or 0.0
-    sets = {path: load_questions(path, args.limit) for path in args.data}
+    sets = {path: load_questions(path, args.limit) for path in args.data or PRESETS["toy"]["eval_data"].split(",")}
     files = defaultdict(list)  # (set, mode) -> answers of each model
     scores = args.run / "eval_full.jsonl" if args.run and state.is_main_process else None
     if scores:
         scores.unlink(missing_ok=True)
     for name in args.model:
-        model, tokenizer, image_processor = load(name, args, state.device)
+        loaded = _, tokenizer, _ = load(name, args, state.device)
         for path, questions in sets.items():
-            for mode in choose_modes(args.modes, tokenizer):
-                records, file = evaluate(name, path, questions, mode, model, tokenizer, image_processor, args,
-                                         state)
+            for number, mode in enumerate(choose_modes(args.modes, tokenizer)):
+                records, file = evaluate(name, path, questions, mode, *loaded, args, state)
                 files[path, mode].append(short(file))
-                if scores and mode == choose_modes(args.modes, tokenizer)[0]:
+                if scores and not number:
                     step = re.fullmatch(r"checkpoint-(\d+)", Path(name).name)
                     append_score(scores, int(step[1]) if step else 0, path, records)
     if scores:
@@ -887,12 +789,12 @@ def main(argv=None):
 
 
 def models_of(run, only_ends):
-    """-> the models of a run, its start and its checkpoints or (only_ends) final/; and its max_pixels."""
+    """-> the models of a run, its start and its checkpoints or (only_ends) final/; and its settings."""
     trained = [run / "final"] if only_ends else gv.checkpoints(run)
     if not (run / "config.json").exists() or not trained or not trained[0].exists():
         fail(f"{run} is not a finished run; `python grpo_vision.py` makes one, or name a --model")
     config = json.loads((run / "config.json").read_text())
-    return [config["model_name_or_path"], *map(str, trained)], config["max_pixels"]
+    return [config["model_name_or_path"], *map(str, trained)], config
 
 
 def load(name, args, device):
@@ -907,25 +809,23 @@ def evaluate(name, path, questions, mode, model, tokenizer, image_processor, arg
     settings = [sorted(dict(image_processor.size).items()), args.dtype, args.max_new_tokens, args.temperature,
                 args.seed if args.temperature else None, args.strict, MODES[mode], sorted(known.items())]
     kind = mode + f"-pass@{args.num_generations}" * (args.num_generations > 1)
-    folder = args.output_dir / f"{slug(name)}--{slug(path)}--{kind}--{digest([fingerprint(name), settings])}"
+    slug = lambda path: re.sub(r"[^\w.-]+", "-", short(path)).strip("-")[-80:]  # a file system's names have an end
+    # a hub id stands for its weights
+    weights = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in Path(name).glob("*.safetensors")]
+    folder = args.output_dir / f"{slug(name)}--{slug(path)}--{kind}--{digest(sorted(weights) or name, settings)}"
     with explained(f"--output_dir {args.output_dir} cannot be written"):
         folder.mkdir(parents=True, exist_ok=True)
     kept = lambda: {r["id"]: r for file in sorted(folder.glob("answers*.jsonl")) for r in read_jsonl(file)}
     done = kept().keys()
     state.wait_for_everyone()  # all have read before one writes
     mine = folder / f"answers.rank{state.process_index}.jsonl"
-    if mine.exists():
-        write_jsonl(mine, read_jsonl(mine))  # without half a line, at which a killed program left it
+    write_jsonl(mine, read_jsonl(mine))  # without half a line, at which a killed program left it
     todo = questions[state.process_index::state.num_processes]
-    answers = answer_questions(model, tokenizer, image_processor, todo, mode, done, args.batch_size, args.max_new_tokens,
-                               args.temperature, args.seed, args.strict, args.num_generations)
-    verdicts, title = [], f"{short(name)} on {short(path)}, {kind}" + ", graded as in training" * args.strict
-    left = sum(q["id"] not in done for q in todo)
-    with tqdm(answers, title, left, disable=not state.is_main_process) as bar:
-        for record in bar:
-            append_jsonl(mine, [{**record, "question": known[record["id"]]}])
-            verdicts += [answer["correct"] for answer in record["answers"]]
-            bar.set_postfix_str(f"{100 * mean(verdicts):.1f} % right", refresh=False)
+    answers = answer_questions(model, tokenizer, image_processor, todo, mode, done, args.batch_size,
+                               args.max_new_tokens, args.temperature, args.seed, args.strict, args.num_generations)
+    title = f"{short(name)} on {short(path)}, {kind}" + ", graded as in training" * args.strict
+    for record in tqdm(answers, title, sum(q["id"] not in done for q in todo), disable=not state.is_main_process):
+        append_jsonl(mine, [{**record, "question": known[record["id"]]}])
     state.wait_for_everyone()
     if not state.is_main_process:
         return None, folder / "answers.jsonl"
@@ -933,9 +833,9 @@ def evaluate(name, path, questions, mode, model, tokenizer, image_processor, arg
     write_jsonl(folder / "answers.jsonl", records)
     for file in folder.glob("answers.rank*.jsonl"):
         file.unlink()
-    write_report(folder, title, records, questions, path)
+    write_report(folder, title, records, questions)
     print(title, *map(markdown_table, tables_of(records)), sep="\n")
-    print(f"every answer, summary.md and report.html: {short(folder)}\n")
+    print(f"every answer, summary.json and report.html: {short(folder)}\n")
     return records, folder / "answers.jsonl"
 
 
@@ -953,8 +853,7 @@ def ask(args, device):
     rollout = gv.sample(model, [prompt], 1, args.max_new_tokens, temperature, generator)
     said = gv.completion_text(text, rollout.completion_ids[0], tokenizer)
     print(said if rollout.finished[0] else f"{said}\n(cut off: --max_new_tokens {args.max_new_tokens})")
-    answer = extract_answer(said)
-    print(f"answer: {answer}" if answer else "(no answer block)")
+    print(f"answer: {extract_answer(said) or '(no answer block)'}")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ a rule gives each completion a reward R. Training raises the expected reward J:
 
     J      = E[R]                over completions sampled from pi
     grad J = E[R grad log pi]    since grad pi = pi grad log pi
-    grad J ~ E[A grad log pi]    with A = R - the mean R of its group: the same direction with less noise
+    grad J = E[A grad log pi]    with A = R - b, for any constant b, since E[grad log pi] = 0
 
-So training is maximum likelihood with a signed weight: sample a group of completions of one question, and
-push each token of a completion up or down by how much better it did than its group. That is GRPO, Group
-Relative Policy Optimization. "R1-Zero" means that it starts from a base model and learns from rewards alone.
+With b = the group's mean R, the noise is less. So this is maximum likelihood with a signed weight: sample a
+group of completions of a question, and push the tokens of each up or down as it did better or worse than its
+group. GRPO: Group Relative Policy Optimization. R1-Zero: starting from a base model, by rewards alone.
 
 One training step, as in `train_step` and the sections below:
 
@@ -25,14 +25,14 @@ One training step, as in `train_step` and the sections below:
                  [-min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A) + beta kl]
      pi_old is the policy when it first scored these completions. kl keeps the policy near the reference.
 
-A group shares its image and prompt. They are encoded once, and all G completions reuse their keys and values:
+A group shares its image and prompt. Sampling, reference and update each encode them once, not G times:
 
     image, prompt --encode--> keys, values --sample--> G completions --reward--> R --compare--> A
                                    |                                                            |
     policy <--stage 2 of backward--'<--stage 1-- loss <--score under policy and reference-------'
 
 Tensor lines end in their shape: # (N, C). `cfg` holds the settings (`Config`), and `run` what `setup` makes
-of them: data, models (`build_models`), optimizer. policy(encode, x) is encode(model, x).
+of them: data, models (`build_models`), optimizer. policy(encode, x) is encode(model, x), within FSDP's hooks.
 
     python grpo_vision.py                                             # the toy: a laptop, offline, 2 minutes
     python grpo_vision.py --preset sat                                # Qwen2-VL-2B on SAT, on one GPU
@@ -133,8 +133,8 @@ def render(row, template, tokenizer):
 def draw_batch(run, cfg, step):
     """Draw this process's B questions -> their data rows (dicts), images, prompts' texts, and the passes in
     which they are encoded. A pass is n prompts that run through the model together: input_ids (n, P), padded
-    on the right; lengths (n,); position_ids (3, n, P); next_position (n,), where the completion begins; the
-    pixels; first, the index of its first prompt."""
+    on the right; lengths (n,); position_ids (3, n, P), time, height and width; next_position (n,), that of
+    the first completion token; the pixels; first, the index of its first prompt."""
     B, rank = cfg.prompts_per_step // run.accelerator.num_processes, run.accelerator.process_index
     rows = draw_rows(run.rows, cfg.seed, step * cfg.prompts_per_step + rank * B, B)
     texts = [render(row, run.template, run.tokenizer) for row in rows]
@@ -197,7 +197,7 @@ def sample(model, passes, num_generations, limit, temperature, generator=None):
         sampling_logps[indices, t] = logps.gather(-1, tokens)[:, 0]
         if not decoder.feed(tokens, torch.isin(tokens[:, 0], ends)):
             break
-    # mask what the decoder still generates after an end token
+    # keep up to and with the first end token; mask what the decoder still generated after it
     is_end = torch.isin(completion_ids, ends).int()                                               # (N, limit)
     completion_mask = is_end.cumsum(1) - is_end == 0                                              # (N, limit)
     lengths = completion_mask.sum(1)                                                              # (N,)
@@ -209,8 +209,8 @@ def sample(model, passes, num_generations, limit, temperature, generator=None):
 
 
 def draw_completions(run, cfg, step, batch):
-    """G completions per prompt from the policy -> a rollout (see `sample`), with texts, what they say."""
-    # seeded by seed, step and process alone, so a resumed run replays nothing
+    """Sample G completions per prompt from the policy -> a rollout (see `sample`) with their texts."""
+    # set by seed, step and process alone, so a resumed run replays nothing
     seed = random.Random(f"{cfg.seed}/sample/{step}/{run.accelerator.process_index}").getrandbits(63)
     generator = torch.Generator(run.sampler.device).manual_seed(seed)
     rollout = sample(run.sampler, batch.passes, cfg.num_generations, cfg.max_completion_length,
@@ -329,7 +329,7 @@ def score(model, prompts, prompt_kv, group, completion_ids, completion_mask, cfg
     is_prompt = torch.arange(P - 1, device=device) < last                                         # (K, P - 1)
     visible = torch.cat([is_prompt, torch.ones_like(completion_mask)], 1)                     # (K, P - 1 + C)
     layers = [PromptLayer(*kv, group) for kv in zip(prompt_kv[::2], prompt_kv[1::2])]
-    model.set_attn_implementation(cfg.attn_implementation)
+    model.set_attn_implementation(cfg.attn_implementation)  # `Decoder` sets its own
     hidden = model.model(input_ids=inputs, position_ids=positions.expand(3, K, C), attention_mask=visible,
                          past_key_values=Cache(layers=layers)).last_hidden_state                  # (K, C, H)
 
@@ -361,7 +361,7 @@ def score_rollout(policy, passes, rollout, cfg):
 # ---- Step 6: the loss, and its gradient ------------------------------------------------------------------
 
 def weigh_tokens(lengths, finished, cfg):
-    """(N,) lengths and (N,) bool of the step's completions -> (N,) the weight of each completion's tokens."""
+    """(N,) lengths and finished of the step's completions -> (N,) the weight of each completion's tokens."""
     kept = finished if cfg.mask_truncated_completions else torch.ones_like(finished)
     # a dropped completion has no tokens and no weight; 1e-9 only keeps the division finite
     lengths = (lengths.double() * kept).clamp(min=1e-9)
@@ -375,21 +375,21 @@ def weigh_tokens(lengths, finished, cfg):
 
 def grpo_loss(per_token_logps, old_per_token_logps, ref_per_token_logps, advantages, token_weights,
               completion_mask, epsilon, epsilon_high, beta):
-    """The loss of K of the step's completions (arXiv 2402.03300, eq. 3); to log, kl and a clip mask, (K, C).
+    """Return the loss of K completions (arXiv 2402.03300, eq. 3) and, to log, kl and a clip mask, (K, C).
     *_logps, completion_mask: (K, C); advantages, token_weights: (K,).
 
     While pi is pi_old, the ratio is 1 and its gradient is that of log pi: every token is pushed up or down by
-    its A. In a further update on the same rollout (num_iterations > 1) the samples are from pi_old, an older
-    policy. The ratio corrects for that while it is near 1. So the clip stops pushing a token that has moved
-    by epsilon in the direction of its A. The min still pushes one that has moved the other way."""
+    its A. In a further update on the same rollout (num_iterations > 1) the samples are pi_old's. The mean of
+    ratio A over them is that of A over pi, a fair estimate while the ratio is near 1. So the clip stops
+    pushing a token that moved by epsilon in A's direction. The min still pushes one that moved against it."""
     A = advantages[:, None]                                                                       # (K, 1)
     # ratio = pi / pi_old
     ratio = (per_token_logps - old_per_token_logps).exp()                                         # (K, C)
     # -min(ratio A, clip(ratio, 1 - epsilon, 1 + epsilon_high) A)
     clipped = ratio.clamp(1 - epsilon, 1 + (epsilon if epsilon_high is None else epsilon_high))   # (K, C)
     per_token_loss = -torch.min(ratio * A, clipped * A)                                           # (K, C)
-    # kl = pi_ref / pi - log(pi_ref / pi) - 1, called k3; never negative, as exp(x) >= x + 1. Over tokens from
-    # pi the mean of its value is KL(pi || pi_ref), and the mean of its gradient is that of KL(pi_ref || pi)
+    # kl = pi_ref / pi - log(pi_ref / pi) - 1, called k3, never negative. Over tokens of pi its value averages
+    # KL(pi || pi_ref), its gradient that of KL(pi_ref || pi): autograd is blind to the sampling's part of pi
     kl = torch.zeros_like(ratio)
     if beta > 0:
         log_ref_over_pi = ref_per_token_logps - per_token_logps                                   # (K, C)
@@ -408,8 +408,8 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
        values and adds up there over chunks. Each chunk's graph is freed at once.
     2. One backward carries that sum through prompts and image tower to the weights.
 
-    This is the chain rule, cut at the keys and values, and exact. Memory holds the graphs of one pass and one
-    chunk. Both have a budget, so it grows with neither B nor G. advantages, token_weights: (N,). ref_logps,
+    It is exact: the chain rule, cut at the keys and values. Memory holds the graphs of one pass and one
+    chunk. Both are bounded, so memory grows with neither B nor G. advantages, token_weights: (N,). ref_logps,
     old_logps: (N, C). old_logps None: pi_old is pi (the sampler's log-probabilities would bring rounding into
     the ratio). Returns the policy's log-probabilities (N, C), and sums over tokens to log."""
     logps = torch.zeros_like(rollout.sampling_logps)                                              # (N, C)
@@ -422,13 +422,13 @@ def update(policy, passes, rollout, advantages, token_weights, ref_logps, old_lo
         for indices, group, ids, mask in chunks(prompts, rollout, cfg):
             C = ids.shape[1]
             leaf_kv = [leaf.to(x.dtype) for leaf, x in zip(leaves, prompt_kv)]  # freed with the chunk's graph
-            pi, entropy = policy(score, prompts, leaf_kv, group, ids, mask, cfg)                  # (K, C)
-            pi_old = pi.detach() if old_logps is None else old_logps[indices, :C]                 # (K, C)
-            pi_ref = ref_logps[indices, :C] if cfg.beta > 0 else None                             # (K, C)
-            loss, kl, is_clipped = grpo_loss(pi, pi_old, pi_ref, advantages[indices], token_weights[indices],
+            new, entropy = policy(score, prompts, leaf_kv, group, ids, mask, cfg)                 # (K, C)
+            old = new.detach() if old_logps is None else old_logps[indices, :C]                   # (K, C)
+            ref = ref_logps[indices, :C] if cfg.beta > 0 else None                                # (K, C)
+            loss, kl, is_clipped = grpo_loss(new, old, ref, advantages[indices], token_weights[indices],
                                              mask, cfg.epsilon, cfg.epsilon_high, cfg.beta)
             loss.backward()                                                                       # stage 1
-            logps[indices, :C] = pi.detach()
+            logps[indices, :C] = new.detach()
             found = dict(loss=loss, entropy=entropy, kl=kl * mask, clip_ratio=is_clipped * mask)
             sums = {name: sums[name] + found[name].sum().item() for name in sums}
         if prompt_kv[0].requires_grad:  # with --freeze llm, prompts without an image have nothing to train
@@ -481,8 +481,8 @@ def build_prompts(texts, images, tokenizer, image_processor, model, first=0):
 
 
 def chunks(prompts, rollout, cfg):
-    """Split a pass's completions into chunks, shortest first. A chunk is one completion, or as many as have
-    at most score_tokens tokens when padded; it may mix groups. Yields their indices in the rollout (K,),
+    """Split a pass's completions into chunks, shortest first. A chunk is one completion, or as many as fit
+    into score_tokens tokens when padded; it may mix groups. Yields their indices in the rollout (K,),
     those of their prompts among the n (K,), completion_ids and completion_mask (K, C)."""
     G, lengths, found = cfg.num_generations, rollout.lengths.tolist(), [[]]
     first = prompts.first * G
@@ -490,7 +490,7 @@ def chunks(prompts, rollout, cfg):
         if found[-1] and (len(found[-1]) + 1) * lengths[index] > cfg.score_tokens:
             found.append([])
         found[-1].append(index)
-    # a sharded model needs every process each time it runs: one with fewer chunks first runs masked ones
+    # a sharded model needs every process at each call, so one with fewer chunks first runs masked ones
     masked = max(gather_object([len(found)])) - len(found)
     for number, chunk in enumerate(masked * [found[0][:1]] + found):
         indices, C = torch.tensor(chunk, device=rollout.lengths.device), lengths[chunk[-1]]       # (K,)
@@ -550,7 +550,7 @@ class Decoder:
             for layer in self.layers:
                 layer.cumulative_length.copy_(self.place[0])  # the replay overwrites these entries
             self.graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads may go on
+            with torch.cuda.graph(self.graph, capture_error_mode="thread_local"):  # other threads continue
                 self.hidden = self.forward()
         self.graph.replay()
         return self.hidden
@@ -608,12 +608,12 @@ def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32)
         require(not hasattr(config, "quantization_config"), f"{path} is quantised. Take the bf16 model.")
         require(not Path(path, "adapter_config.json").exists(), f"{path} has an adapter. Merge it first.")
         whole = not getattr(config.text_config, "use_sliding_window", False)
-        require(whole, f"{path} attends in a sliding window, which the decoder does not know")
+        require(whole, f"{path} uses a sliding window, which the decoder does not support")
         model, report = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation=attn_implementation, output_loading_info=True)
     faults = [*sorted(report["missing_keys"]), *sorted(report["unexpected_keys"])]
     faults += ["<|image_pad|>"] * (tokenizer.convert_tokens_to_ids("<|image_pad|>") != config.image_token_id)
-    require(not faults, f"{path}: config.json, weights and tokenizer do not fit: {faults[:1]}")
+    require(not faults, f"{path}: config.json, weights and tokenizer disagree: {faults[:1]}")
     tied = model.lm_head.weight is model.get_input_embeddings().weight  # config.json may say otherwise
     model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = tied
     ends = [tokenizer.eos_token, *(x for x in ("<|endoftext|>", "<|im_end|>") if x in tokenizer.get_vocab())]
@@ -625,12 +625,12 @@ def load_model(path, tokenizer, attn_implementation="sdpa", dtype=torch.float32)
     # cuDNN's attention sets up again for each shape, and its masked gradients can be nan (pytorch 196678)
     torch.backends.cuda.enable_cudnn_sdp(False)
     if model.num_parameters() < 1e7:
-        torch.set_num_threads(1)  # more would only wait; and any launcher gives the toy the same bits
+        torch.set_num_threads(1)  # more would only wait; with one, every launcher gives the same bits
     return fast_vision(model).eval()
 
 
 def fast_vision(model):
-    """Embed patches, where stride is kernel, by a matrix product: Conv3d's backward is slow. -> the model"""
+    """Embed patches by a matrix product (stride = kernel), as Conv3d's backward is slow -> the model"""
     def embed_patches(self, pixels):
         weight = self.proj.weight.flatten(1)                                       # (dim, numbers of a patch)
         return torch.nn.functional.linear(pixels.to(weight.dtype), weight, self.proj.bias)   # (patches, dim)
@@ -674,7 +674,7 @@ def compute_dtype(device):
 def build_models(run, cfg, start):
     """Load the folder or hub id `start` into `run`:
 
-    master     the float32 weights that AdamW moves: bf16 would round away updates of 1e-6
+    master     the float32 weights for AdamW, as bf16 would round away updates of 1e-6
     sampler    a plain model with these weights in `compute_dtype`, which writes the completions
     policy     what is scored and trained. One process: the sampler, so that what samples is what is trained;
                master never runs. Several: master, sharded, whose layers compute in `compute_dtype`.
@@ -699,7 +699,7 @@ def build_models(run, cfg, start):
 
 
 def check_launch():
-    """Stop where a launcher's variables would make each process train alone, or in another program's way."""
+    """Stop if a launcher's variables would make each process train alone, or without FSDP2."""
     switched_on = [name for name, value in os.environ.items() if value.lower() not in ("", "0", "false")]
     other = [name for name in switched_on if re.match("ACCELERATE_USE_(?!CPU$|FSDP$)", name)]
     require(not other, f"{other} is set. This program uses FSDP2: unset it, or start with torchrun.")
@@ -725,7 +725,7 @@ def make_accelerator(cfg):
 
 
 def shard(run, cfg):
-    """Fully sharded data parallel: weights, gradients and optimizer state, in float32, over the processes.
+    """Shard weights, gradients and optimizer state, in float32, over the processes (FSDP2).
     Layers compute in `compute_dtype`; gradients are summed in float32. (accelerate's "bf16" sums in bf16.)"""
     state, dtype = run.accelerator.state, compute_dtype(run.accelerator.device)
     precision = MixedPrecisionPolicy(dtype, torch.promote_types(dtype, torch.float32), None, False)
@@ -748,7 +748,7 @@ def shard(run, cfg):
 
 def sum_gradients(model, master, cpu_offload):
     """Sum the gradients of several backwards in float32: when one leaves a gradient on a weight of `model`,
-    add it to the gradient of master's weight, and free it. To the CPU it goes through one pinned buffer."""
+    add it to the gradient of master's weight, and free it. It goes to the CPU through one pinned buffer."""
     largest = max(master.parameters(), key=torch.numel)
     buffer = torch.empty_like(largest, pin_memory=torch.cuda.is_available()).view(-1) if cpu_offload else None
 
@@ -765,7 +765,7 @@ def sum_gradients(model, master, cpu_offload):
 
 
 def step_optimizer(run, cfg):
-    """Clip the gradient, move the float32 weights if it is finite, refresh the sampler -> its norm before."""
+    """Clip the gradient, update the float32 weights if it is finite, refresh the sampler -> the raw norm."""
     norm = torch.nn.utils.clip_grad_norm_(run.master.parameters(), cfg.max_grad_norm or math.inf)
     norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)  # sharded
     if math.isfinite(norm):
@@ -803,12 +803,12 @@ def open_image(image, where):
 
 
 def read_rows(run, path):
-    """Parquet file from prepare_sat.py -> the rows (dicts) whose prompts have at most max_prompt_length
-    tokens, with those of the images, of which only the headers are read."""
+    """Read a file from prepare_sat.py -> the rows (dicts) whose prompts have at most max_prompt_length
+    tokens, images included. Only the headers of the images are read."""
     kept, limit = [], run.cfg.max_prompt_length
     with explained(f"--data {path} cannot be read"):
         table = pq.read_table(path)
-    require(MARK in (table.schema.metadata or {}), f"{path} is not from: prepare_sat.py --from {path}")
+    require(MARK in (table.schema.metadata or {}), f"{path}: first run prepare_sat.py --from {path}")
     for index, row in enumerate(tqdm(table.to_pylist(), "measuring prompts", leave=False)):
         sizes = [Image.open(io.BytesIO(image["bytes"])).size for image in row["images"] or []]
         require(sizes or run.accelerator.num_processes == 1, f"{path}, row {index}: no image. Use 1 process")
@@ -917,7 +917,7 @@ def training_state(run):
 
 
 def spell_as_published(folder):
-    """Rewrite what transformers 5 spells anew as published models have it: transformers 4 reads that, too."""
+    """Restore published spellings that transformers 5 changes, so that transformers 4 reads them, too."""
     for file in folder.glob("*config.json"):
         settings = json.loads(file.read_text())
         text = settings.get("text_config", {})
@@ -1114,14 +1114,14 @@ def setup(run, cfg):
 
 
 def train(cfg, train_step=train_step):
-    """A run, from its settings to its final/. Another train_step makes another algorithm: see recipes.py."""
+    """Train from the settings to final/. Another train_step is another algorithm: see recipes.py."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process, on purpose
     run, asked, handlers = SimpleNamespace(cfg=cfg), [], ExitStack()
 
     def ask_to_stop(number, frame):
-        """Let the step end and be saved. The next signal gets its old handler, as do all at the end."""
+        """Let the step finish and be saved. Restore the old handlers now, for a second signal."""
         asked.append(number)
         handlers.close()
 

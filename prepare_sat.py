@@ -69,8 +69,8 @@ COLUMN_NAMES = {"images": ("images", "decoded_image", "image", "image_bytes", "i
 
 
 def read_data(name, split=None):
-    """A Parquet or JSON file, a folder, or a hub data set -> its columns; a function from names of columns to
-    rows, in which images are still encoded; and the folder where image paths start (None: on the hub)."""
+    """Open a Parquet or JSON file, a folder or a hub data set -> its columns; a function from column names to
+    rows whose images are still encoded; and the folder where image paths start (None: on the hub)."""
     path = Path(name)
     if path.is_file() and split:
         fail(f"{path} is a single file, which has no splits. Leave out --split {split}.")
@@ -96,7 +96,7 @@ def read_data(name, split=None):
             fail(f"{name} has no split {split or 'train'}. Give --split {' or --split '.join(data)}.")
         data = data[split or "train"] if isinstance(data, dict) else data
         data = (data.to_iterable_dataset() if isinstance(data, Dataset) else data).decode(False)
-    except Exception as error:  # a missing folder, no network, no such data set: to the user all the same
+    except Exception as error:  # a missing folder, no network, no such data set: the same to the user
         reason = " ".join(str(error).split()) or type(error).__name__
         fail(f"{name} cannot be read as Parquet, .json, .jsonl, a folder or a hub data set: {reason}")
     return data.column_names, data.select_columns, path if path.is_dir() else None
@@ -159,7 +159,7 @@ def own_letter(option):
 
 
 def letters_agree(options, question=""):
-    """Does each option's letter, its own or one listed in the question, choose this option or none?"""
+    """-> whether each option's letter, its own or the question's, chooses this option or none."""
     letters = list(map(own_letter, options))
     pairs = [] if set(letters) <= {"a", "~"} else list(zip(letters, options))
     for label in re.finditer(LABEL % r"\b([a-z])", question, re.IGNORECASE):
@@ -169,7 +169,7 @@ def letters_agree(options, question=""):
 
 
 def take_letters_off(options):
-    """["A. cat", "B. dog"] -> ["cat", "dog"], if each has its own letter, in one form. Letters that mark
+    """["A. cat", "B. dog"] -> ["cat", "dog"], if each has its letter, in one format. Letters that mark
     objects in the image, as in "(A) is above (B)", stay."""
     labels = [re.match(LABEL % letter, text, re.IGNORECASE) for letter, text in zip(ascii_lowercase, options)]
     if len(options) not in range(2, 27) or not all(labels) or len({label.groups() for label in labels}) > 1:
@@ -204,8 +204,8 @@ def read_turns(turns):
 
 
 def read_texts(raw, columns):
-    """A raw row, and `columns` of `choose_columns` -> our columns, with images as they are. readings: the
-    ways in which its answer may be read. is_option: the raw answer is one of the raw options."""
+    """Read a raw row (columns: from `choose_columns`) -> our columns, images as they are. readings: the
+    ways to read its answer. is_option: the raw answer is one of the raw options."""
     row = {"reply": "", **{ours: raw.get(theirs) for ours, theirs in columns.items()}}
     if columns["images"] == "image_1":
         row["images"] = [raw.get(f"image_{number}") for number in range(1, 8)]
@@ -253,7 +253,7 @@ def load_image(image, folder):
             image = path.read_bytes()
         size = open_image({"bytes": image}, "").size
         require(max(size) <= 200 * min(size), "image too long for the model")
-    except (OSError, ValueError, TypeError, SystemExit):  # not there, a folder, no name for a file, not whole
+    except (OSError, ValueError, TypeError, SystemExit):  # missing, a folder, not a file name, truncated
         raise Skip("missing or broken image") from None
     return {"bytes": image, "path": None}
 
@@ -264,7 +264,7 @@ NO_TEXT = re.compile(r"<\|[^|]*\|>|</?s>|<video[^<>]*>|" + IMAGE_MARK.pattern, r
 
 
 def parse_row(raw, columns, folder, reading, chains=False, multi_image=False):
-    """A raw row -> the row as training takes it, or Skip. chains: replies are completions."""
+    """Parse a raw row -> a training row, or raise Skip. chains: replies are completions."""
     row = read_texts(raw, columns)
     require(row["answer"], "empty answer")
     row["answer"] = find_answer(row, reading) if row["options"] else row["answer"]
@@ -284,14 +284,14 @@ def parse_row(raw, columns, folder, reading, chains=False, multi_image=False):
 
 
 def check(row):
-    """-> the row. Skip one that would teach something wrong or stop training."""
+    """-> the row. Skip it if it would mislead or stop training."""
     answer, options = row["answer"], row["options"]
     texts = " ".join([row["question"], *options, answer, row["completion"]])
     require(row["question"], "empty question")
     require(not NO_TEXT.search(texts), "a token such as <|im_end|>, <video> or <image> in its text")
     require(len(options) != 1, "fewer than two options")
     require(letters_agree(options, row["question"]), "letters of the options that disagree with their places")
-    require(options or not MARKUP.search(answer), "an answer in a form that is not read")
+    require(options or not MARKUP.search(answer), "an answer in an unknown format")
     earns = math_reward if not options and MATHEMATICS.search(answer) else accuracy_reward
     own = f"<think></think><answer>{answer}</answer>"
     require(earns(own, answer=answer, options=options), "its own answer would earn no reward")
@@ -316,8 +316,8 @@ def convert(rows, how, verdicts, shuffle=False, seed=0):
 
 
 def decide(name, found, rows, args):
-    """Rows with options -> the one of READINGS that fits most, and whether to shuffle: options of SAT, and of
-    a source in which one place is right in 90 % of at least 20 rows with as many options."""
+    """Rows with options -> the one of READINGS that fits most rows, and whether to shuffle: for SAT, and if
+    one place is right in 90 % of at least 20 rows with the same number of options."""
     fits = {reading: {} for reading in READINGS}  # number of a row: the place of its answer
     for number, row in enumerate(rows):
         for reading in READINGS[:2] if row["is_option"] else READINGS:
@@ -343,7 +343,7 @@ def decide(name, found, rows, args):
 
 
 def choose_parser(name, found, rows, folder, args):
-    """-> how `parse_row` parses, the Features by which rows are stored, and whether options are shuffled."""
+    """-> arguments of `parse_row`, the Features of stored rows, and whether options are shuffled."""
     columns, texts = choose_columns(name, found, args.columns), []
     wanted = {columns[ours]: None for ours in ("question", "options", "answer") if columns[ours]}
     for raw in rows(list(wanted)):

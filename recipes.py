@@ -1,9 +1,9 @@
-"""What else the papers trained. An example, too, of how to extend grpo_vision.py from outside.
+"""The papers' other methods, and an example of how to extend grpo_vision.py from outside.
 
     python recipes.py --preset sat-sft       # VisualThinker's baseline: learn the answers, without reasoning
 
-Vision-R1 (arXiv 2503.06749) on mathematics, with eight GPUs of 80 GB. Osilly/Vision-R1-CI-7B is what its first stage
-made. LAUNCH stands for: accelerate launch --multi_gpu --num_processes 8
+Vision-R1 (arXiv 2503.06749) on mathematics, on eight 80 GB GPUs. Its first stage made Osilly/Vision-R1-CI-7B.
+LAUNCH stands for: accelerate launch --multi_gpu --num_processes 8
 
     python prepare_sat.py --from CHAINS.json --out data/cold
     LAUNCH recipes.py --preset sat-sft --data data/cold --output_dir runs/cold --learning_rate 5e-6 \\
@@ -29,7 +29,7 @@ class Config(gv.Config):
 
 
 def given_completions(run, cfg, batch):
-    """The data's completions, or else its answers, in place of samples -> a rollout, as `gv.sample` makes it."""
+    """Take the data's completions, or else its answers, as samples -> a rollout like that of `gv.sample`."""
     texts, eos = [row.get("completion") or row["answer"] for row in batch.rows], run.tokenizer.eos_token
     for i, prompt in enumerate(batch.texts):
         if prefill := re.search(r"<think>(\s*)$", prompt):
@@ -59,9 +59,9 @@ def sft_step(run, cfg, step):
                            ref_logps=None, logps=logps, sums=sums, clock=clock)
 
 
-# 9 cm, 9 cm^{2}, 3 chairs, 5 m/s, 20 °C. What follows 3 in "3 sin x" is no unit.
+# 9 cm, 9 cm^{2}, 3 chairs, 5 m/s, 20 °C. In "3 sin x", sin is not a unit.
 UNIT = r"(\s*[cdkm]?m|\s+[a-z]{3,}( [a-z]{2,})*|(°|\^\{?\\circ\}?) ?[cf])(/[a-z]+)?(\^\{?[23]\}?)?"
-# what math-verify does not know, or what does not count: pattern -> what replaces it
+# what math-verify cannot read or must not count: pattern -> replacement
 SPELLINGS = {r"^\W*(the )?(final |correct )?(answer|option|choice)( is)?\b\s*:?": "", "²": "^2",
              "√": r"\\sqrt ", r"\\?(?<![a-z])pi(?![a-z])": "π", rf"(?<=[\d}}π]){UNIT}\.?$": ""}
 

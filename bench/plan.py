@@ -200,8 +200,8 @@ def check():
             config = shrunk(read_config(name), 3, 4, 16384)
             config.save_pretrained(folder)
             pixels = 324 * (2 * config.vision_config.patch_size)**2
-            flags = f"""--preset sat --model_name_or_path {folder} --prompts_per_step 2 --max_prompt_length 350 --max_pixels {pixels}
-                --max_completion_length 96 --score_tokens 1024
+            flags = f"""--preset sat --model_name_or_path {folder} --prompts_per_step 2 --max_prompt_length 350
+                --max_pixels {pixels} --max_completion_length 96 --score_tokens 1024
                 --gradient_checkpointing {checkpointing}""".split()
             _, planned, *_ = make_plan(*parse_args(flags), on_gpu=False)
             found = json.loads(step.fresh(__file__, *flags, "--measure", **step.RETURNING).splitlines()[-1])
@@ -221,8 +221,8 @@ def main():
     if args.check or args.measure:
         return check() if args.check else measure(cfg)
     rows, peaks, total, elsewhere = make_plan(args, cfg)
-    print(f"{cfg.model_name_or_path}: {total / 1e6:.0f}M parameters; on each of {args.num_processes} GPUs, "
-          f"GB:\n\n| {'':45} | rollout | update |\n|-{'-' * 45}-|--:|--:|")
+    print(f"{cfg.model_name_or_path}: {total / 1e6:.0f}M parameters; on each of {args.num_processes} GPUs, GB:\n\n"
+          f"| {'':45} | rollout | update |\n|-{'-' * 45}-|--:|--:|")
     for what, rollout, update in [*rows, ("**together**", *peaks)]:
         print(f"| {what:45} | {rollout / GB:7.2f} | {update / GB:6.2f} |")
     print("", *(f"{what}: {size / GB:.1f} GB" for what, size in elsewhere.items()), sep="\n")

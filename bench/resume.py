@@ -4,12 +4,11 @@
     python bench/resume.py --processes 2 --kills 4             # sharded over two processes
     python bench/resume.py --processes 2 1 2 --kills 2         # begun with two, resumed with one, then two
 
-Every second kill is aimed at a save: it falls within 0.1 s of the appearance of a checkpoint-N.tmp. The
-others fall anywhere in the program's first 20 seconds. A run that gets to its end is compared and a new one
-begun, until there were so many kills. Compared are the weights of every checkpoint, completions.jsonl and
-eval.jsonl byte by byte, and metrics.jsonl without the timings. Samples depend on the process that draws them,
-so with a changing number of processes only the list of steps is compared; there each kill waits for a
-checkpoint.
+Every second kill is aimed at a save: it falls within 0.1 s of the appearance of a checkpoint-N.tmp. The others fall
+anywhere in the program's first 20 seconds. A run that ends is compared, and a new one begun, until there were so many
+kills. Compared are the weights of every checkpoint, completions.jsonl and eval.jsonl byte by byte, and metrics.jsonl
+without the timings. Samples depend on the number of processes, so if that changes, only the steps are compared, and
+each kill waits for a checkpoint.
 """
 import argparse
 import itertools

@@ -4,18 +4,14 @@
     python bench/step.py --full                  # the 2.2B shape in bf16 with random weights; needs a GPU
     python bench/step.py --parts long --completion_length 4096      # memory of one long completion
 
-The usual way takes a group as G separate rows, each with its own copy of prompt and image: `generate`, then
-one forward over prompt + completion of each group for the reference, and one with a backward for the policy,
-all with the stock modules. Both ways end in the same AdamW. The end token is suppressed, so both do equal
-work. That it is equal is asserted: log-probabilities and the norm of the gradient must agree.
-
-Each part runs in a process of its own. If one fails, the others go on.
+The usual way takes a group as G separate rows, each with its own copy of prompt and image: `generate`, then one
+forward over prompt + completion of each group for the reference, and one with a backward for the policy, all with the
+stock modules. Both ways end in the same AdamW. The end token is suppressed, so both do equal work. That it is equal is
+asserted: log-probabilities and the norm of the gradient must agree. Each part runs in a process of its own.
 
   time       both ways in turn: rollout, reference, update, step
   memory     the peak of an update above what was held before, for more completions and for more prompts. The
              budgets are those that one prompt and two completions fill
-  trl        a step of TRL's GRPOTrainer and one of ours in turn. It needs an environment of its own:
-             pip install torch==2.12.1 torchvision==0.27.1 trl==1.16.0 transformers accelerate datasets pillow
   program    the step as --preset sat takes it on one GPU: a bf16 model that samples and is trained, float32
              weights beside it (with --cpu_offload in CPU memory), a bf16 reference, layers checkpointed. `--full`
              gives it 8 prompts x 8 completions x 300 tokens and 484 image tokens each
@@ -28,7 +24,6 @@ import argparse
 import copy
 import os
 import platform
-import random
 import statistics
 import subprocess
 import sys
@@ -58,7 +53,6 @@ SIZES = {True: dict(prompts=8, num_generations=8, completion_length=300, image_s
 DTYPE = {True: torch.bfloat16, False: torch.float32}
 SPECIAL = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]  # last in the vocabulary
 EOS, BETA, PHASES = 0, 0.04, ("rollout", "reference", "update", "optimizer")
-BF16_RATE = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # NVIDIA's data sheets: dense, SXM modules
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -131,7 +125,7 @@ def settings(args, **others):
 
 
 def written(args):
-    """-> Rollout of random tokens, random advantages (N,)"""
+    """-> a rollout of random tokens, random advantages (N,)"""
     N, C = args.prompts * args.num_generations, args.completion_length
     ids = torch.randint(1, shape(args).text_config.vocab_size - len(SPECIAL), (N, C), device=DEVICE)
     mask = torch.ones_like(ids, dtype=torch.bool)
@@ -326,16 +320,6 @@ def program(args):
     return way
 
 
-def operations(args, model, passes):
-    """Of an update: 6 for each weight and each token that it meets. What is computed twice counts once."""
-    count = lambda module: sum(p.numel() for p in module.parameters())
-    completions = args.prompts * args.num_generations * args.completion_length
-    tokens = args.prompts * passes[0].input_ids.shape[1] + completions
-    patches = sum(len(prompts.pixel_values) for prompts in passes)
-    return 6 * (count(model.model.language_model.layers) * tokens + model.lm_head.weight.numel() * completions
-                + count(model.model.visual) * patches)
-
-
 def program_step(args):
     way, steps = program(args), []
     optimizer, (_, advantages) = adamw(way.master, 1e-6), written(args)
@@ -345,19 +329,10 @@ def program_step(args):
         steps.append(timed_step(way, optimizer, advantages)[0])
     seconds = {name: statistics.median(step[name] for step in steps[1:]) for name in PHASES}
     seconds["**whole step**"] = statistics.median(sum(step.values()) for step in steps[1:])
-    shown = f"{args.prompts} x {args.num_generations} x {args.completion_length} tokens"
-    print(f"| {way.sampler.num_parameters() / 1e6:.0f}M parameters, {shown} | |\n|---|--:|")
+    print(f"| {args.prompts} x {args.num_generations} x {args.completion_length} tokens | |\n|---|--:|")
     for name, value in seconds.items():
         print(f"| {name}, s | {value:.2f} |")
-    rate = operations(args, way.policy.model, way.passes) / seconds["update"]
-    card = torch.cuda.get_device_name() if DEVICE == "cuda" else ""
-    share = [f", {rate / best:.0%} of the card's" for name, best in BF16_RATE.items() if name in card]
     print(f"| peak memory, GB | {held(peak=True) * 2**20 / 1e9:.1f} |")
-    print(f"| update, TFLOP/s | {rate / 1e12:.3g}{''.join(share)} |")
-
-
-class WithoutGraph(gv.Decoder):
-    step = gv.Decoder.forward
 
 
 def decode(args):
@@ -366,9 +341,9 @@ def decode(args):
     usual = UsualWay(build_model(shape(args), DTYPE[args.full]), None, args, ours.passes)
     tokens = args.prompts * args.num_generations * args.completion_length
     print("| completion tokens per second | |\n|---|--:|")
-    for name, way, decoder in [("with CUDA graphs", ours, gv.Decoder), ("without", ours, WithoutGraph),
-                               ("`generate`", usual, None)]:
-        gv.Decoder = decoder
+    for name, way, one_step in [("with CUDA graphs", ours, gv.Decoder.step), ("without", ours, gv.Decoder.forward),
+                                ("`generate`", usual, None)]:
+        gv.Decoder.step = one_step
         way.rollout()
         start = gv.now()
         way.rollout()
@@ -410,51 +385,8 @@ def long_completion(args):
         print(f"| {name} | {found} |", flush=True)
 
 
-def compare_trl(args):
-    """--repeats steps of TRL's GRPOTrainer, which times them itself, and as many of ours."""
-    import datasets
-    from PIL import Image
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from trl import GRPOConfig, GRPOTrainer
-
-    model, (_, ours) = build(args)
-    advantages = torch.randn(args.prompts * args.num_generations, device=DEVICE)
-    optimizer = adamw(model)
-    words = [f"w{i}" for i in range(model.config.text_config.vocab_size - len(SPECIAL))] + SPECIAL
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token=words[1]))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=words[EOS], pad_token=words[EOS], extra_special_tokens=SPECIAL)
-    template = ("{% for part in messages[0]['content'] %}{% if part['type'] == 'image' %}"
-                + gv.IMAGE_TOKENS + "{% else %}{{ part['text'] }}{% endif %}{% endfor %}")
-    processor = transformers.Qwen2VLProcessor(transformers.Qwen2VLImageProcessor(), tokenizer,
-                                              transformers.Qwen2VLVideoProcessor(), chat_template=template)
-    text = " ".join(random.choices(words[1:-len(SPECIAL)], k=args.text_tokens - 2))
-    image = Image.effect_noise((args.image_size, args.image_size), 64).convert("RGB")
-    data = datasets.Dataset.from_dict({"prompt": [[{"role": "user", "content": text}]] * args.prompts,
-                                       "image": [image] * args.prompts})
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)  # a path, because TRL loads the reference model from it
-        trainer = GRPOTrainer(
-            folder, processing_class=processor, train_dataset=data,
-            reward_funcs=lambda completions, **_: [random.random() for _ in completions],
-            args=GRPOConfig(
-                output_dir=folder, max_steps=args.repeats + 1, per_device_train_batch_size=len(advantages),
-                num_generations=args.num_generations, max_completion_length=args.completion_length,
-                beta=BETA, generation_kwargs=dict(suppress_tokens=model.suppressed.nonzero()[:, 0].tolist()),
-                loss_type="grpo", learning_rate=1e-9, gradient_checkpointing=False, bf16=args.full,
-                model_init_kwargs=dict(dtype=model.dtype), use_cpu=DEVICE == "cpu", save_strategy="no",
-                report_to="none", disable_tqdm=True, logging_steps=1))
-        trainer.train()
-    theirs = [entry["step_time"] for entry in trainer.state.log_history if "step_time" in entry]
-    mine = [sum(timed_step(ours, optimizer, advantages)[0].values()) for _ in range(args.repeats + 1)]
-    a, b = (statistics.median(seconds[1:]) for seconds in (theirs, mine))
-    print(f"| whole step, s | TRL's GRPOTrainer | ours | ratio |\n|---|--:|--:|--:|\n"
-          f"| | {a:.2f} | {b:.2f} | {a / b:.1f}x |")
-
-
-PARTS = dict(time=time_both, memory=update_memory, trl=compare_trl, program=program_step, decode=decode,
-             precision=precision, long=long_completion)
+PARTS = dict(time=time_both, memory=update_memory, program=program_step, decode=decode, precision=precision,
+             long=long_completion)
 IN_PIECES = ("memory", "long")  # parts that start a process for each of their numbers themselves
 
 

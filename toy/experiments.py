@@ -6,36 +6,33 @@
     python toy/experiments.py rewards      # what is paid is what is learned
     python toy/experiments.py seeds        # three worlds with three bases
     python toy/experiments.py controls     # is it the reward that teaches?
-    python toy/experiments.py paper        # base, SFT, GRPO, instruct, frozen towers
+    python toy/experiments.py paper        # base, SFT, GRPO, frozen towers
+    python toy/experiments.py exercises    # the README's five: small edits of grpo_vision.py
 
 Sampled: the 512 held-out questions at temperature 1, graded as in training. Greedy: those and the 384 in
 CV-Bench's format, graded as in evaluation. Rows give the mean and the standard deviation over seeds. Worlds,
 runs and answers go to runs/experiments; what is there already is not made again. --seeds 1 takes one seed.
 """
 import argparse
-import dataclasses
 import json
 import math
 import os
-import random
+import re
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import mean, stdev
-from types import SimpleNamespace
 
 import make
 
 sys.path.insert(0, str(make.HERE.parent))
 import grpo_vision as gv
-from eval_cvbench import read_jsonl, smooth
-from grpo_vision import HERE, RUNS, TOY
-from prepare_sat import CHAIN_FEATURES, write_parquet
+from eval_cvbench import read_jsonl
+from grpo_vision import HERE, RUNS, TOY, torch
 
 FOLDER = RUNS / "experiments"
-SFT = "--algorithm sft --loss_type dapo --max_steps 150 --learning_rate 5e-4"
 TIMES = "advantages = g.group_advantages; g.group_advantages = lambda *x: {} * advantages(*x)"
 # label -> flags of recipes.py, and a line of Python that changes grpo_vision (g) first; None: no training
 CONTROLS = {
@@ -51,11 +48,9 @@ CONTROLS = {
 PAPER = {
     "base": None,
     "base, direct": None,
-    "base + SFT": (SFT, ""),
+    "base + SFT": ("--algorithm sft --loss_type dapo --max_steps 150 --learning_rate 5e-4", ""),
     "base + GRPO without thinking": ("--prompt direct --rewards accuracy", ""),
     "base + GRPO": ("", ""),
-    "instruct-style": (f"{SFT} --prompt instruct", ""),
-    "instruct-style + GRPO": ("", ""),
     "base + GRPO, vision frozen": ("--freeze vision", ""),
     "base + GRPO, LLM frozen": ("--freeze llm", ""),
 }
@@ -69,12 +64,28 @@ LADDER = {
     "no KL penalty": ("--beta 0", ""),
     "ten times the KL penalty": ("--beta 0.1", ""),
 }
+# label -> flags, and the edits: a function of grpo_vision.py, what is replaced in it, and by what
+EXERCISES = {
+    "unchanged": ("", ()),
+    "1: KL in the reward": ("", (
+        ("train_step", "sum(rewards.values())", "sum(rewards.values()) - cfg.beta * "
+         "(rollout.sampling_logps - score_rollout(run.reference, batch.passes, rollout, cfg)).sum(1)"),
+        ("grpo_loss", "per_token_loss + beta * kl", "per_token_loss"))),
+    "2: the whole batch's std": ("", (("group_advantages", "R.std(1, keepdim=True)", "R.std()"),)),
+    "3: 32 groups of 2": ("--num_generations 2 --prompts_per_step 32", ()),
+    "3: 4 groups of 16": ("--num_generations 16 --prompts_per_step 4", ()),
+    "four updates per rollout": ("--num_iterations 4", ()),
+    "4: four updates, GSPO's ratio": ("--num_iterations 4", (
+        ("grpo_loss", "(per_token_logps - old_per_token_logps).exp()", "((per_token_logps - old_per_token_logps)"
+         ".sum(1, keepdim=True) / completion_mask.sum(1, keepdim=True)).exp()"),)),
+    "5: KL times the ratio": ("", (("grpo_loss", "beta * kl", "beta * ratio * kl"),)),
+}
+# a line of Python that makes an edit; train has the old train_step as its default
+EDIT = ("import inspect; source = inspect.getsource(g.{0}); assert source.count({1!r}) == 1; "
+        "exec(source.replace({1!r}, {2!r}), vars(g)); g.train.__defaults__ = (g.train_step,)")
 REWARDS = {"accuracy,format": "both", "accuracy": "accuracy alone", "format": "format alone"}
 HEAD = ("| | sampled: held-out, % | one block, % | tokens | greedy: held-out, % | CV-Bench's format, % |\n"
         "|---|--:|--:|--:|--:|--:|")
-ROLES = ("{% for message in messages %}<|im_start|>{{ message['role'] }}\n"  # as Qwen's, for one turn of text
-         "{{ message['content'] }}<|im_end|>\n{% endfor %}"
-         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 
 
 # ---- Runs, each made once --------------------------------------------------------------------------------
@@ -83,7 +94,7 @@ def run(name, *command):
     """Run python, unless it was run before -> CPU-seconds. The log is FOLDER/NAME.log and ends in them."""
     log = FOLDER / f"{name}.log"
     if not log.exists() or "CPU-seconds" not in log.read_text():
-        FOLDER.mkdir(parents=True, exist_ok=True)
+        log.parent.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(FOLDER / name, ignore_errors=True)  # a run that was stopped
         with open(log, "w") as file:
             child = subprocess.Popen([sys.executable, *map(str, command)], cwd=HERE, stdout=file, stderr=file)
@@ -116,10 +127,12 @@ def answer(name, model, data=TOY, mode="reasoning"):
     return [scores[0], sampled["rates"]["one answer block"], sampled["rates"]["mean length"], *scores[1:]]
 
 
-def at_once(function, tasks):
-    """function(*task) for each task, as many at a time as there are cores -> list of results."""
+def each(args, function, labels):
+    """function(label, seed), as many at a time as there are cores -> {label: list of one result a seed}"""
+    tasks = [(label, seed) for label in labels for seed in range(args.seeds)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(lambda task: function(*task), tasks))
+        found = dict(zip(tasks, pool.map(lambda task: function(*task), tasks)))
+    return {label: [found[label, seed] for seed in range(args.seeds)] for label in labels}
 
 
 def shown(values, form="{:.1f}"):
@@ -139,12 +152,12 @@ def slug(label, seed):
 
 # ---- Figures ---------------------------------------------------------------------------------------------
 
-def panels(columns, width=9, height=3.4):
+def panels(columns, width=9, height=3.4, **shape):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
-    return plt.subplots(1, columns, figsize=(width, height), layout="constrained")
+    return plt.subplots(1, columns, figsize=(width, height), layout="constrained", **shape)
 
 
 def band(axis, x, curves, **style):
@@ -162,134 +175,140 @@ def accuracies(folder, name):
 
 # ---- The story: one group, one changed line, found or invented, what is paid -----------------------------
 
-def decisions(run, words, context):
-    """Probability of each of three tokens: two of the first word, after the first question's prompt; and one
-    after the tokens `context` too."""
-    batch = gv.draw_batch(run, run.cfg, 0)
-    completions = [[words[0]], [words[1]], [*context, words[2]]]
-    ids = gv.torch.zeros(3, len(context) + 1, dtype=gv.torch.long)
-    mask = gv.torch.zeros_like(ids, dtype=gv.torch.bool)
-    for i, tokens in enumerate(completions):
-        ids[i, :len(tokens)], mask[i, :len(tokens)] = gv.torch.tensor(tokens), True
-    first = gv.build_prompts(batch.texts[:1], batch.images[:1], run.tokenizer, run.image_processor, run.sampler)
-    rollout = SimpleNamespace(completion_ids=ids, completion_mask=mask, lengths=mask.sum(1), finished=mask[:, 0],
-                              sampling_logps=gv.torch.zeros(ids.shape))
-    logps = gv.score_rollout(run.policy, [first], rollout, dataclasses.replace(run.cfg, num_generations=3))
-    return [math.exp(logps[i, len(tokens) - 1]) for i, tokens in enumerate(completions)]
+CONTEXT = " ball northwest left, sun north centre, so left</think>"
+DECISIONS = {'" ball" as the first word (describe)': ("", " ball"), '" i" as the first word (guess)': ("", " i"),
+             "a new line after `</think>` (answer, not stop)": (CONTEXT, "\n")}  # what was said, the next token
+
+
+@torch.no_grad()
+def decisions(run):
+    """-> the probability of each of the DECISIONS, after the prompt of the first question"""
+    batch, found = gv.draw_batch(run, run.cfg, 0), []
+    for said, token in DECISIONS.values():
+        x = gv.build_prompts([batch.texts[0] + said], batch.images[:1], run.tokenizer, run.image_processor, run.sampler)
+        hidden = run.sampler.model(input_ids=x.input_ids, position_ids=x.position_ids, pixel_values=x.pixel_values,
+                                   image_grid_thw=x.image_grid_thw).last_hidden_state              # (1, P, H)
+        logps = gv.token_logps(run.sampler, hidden[0, -1], run.cfg.temperature)                   # (V,)
+        found.append(logps[run.tokenizer(token).input_ids[0]].exp().item())
+    return found
 
 
 def group(args):
-    """The default run's first group, and two decisions for its question over the steps."""
-    folder, file = FOLDER / "group", FOLDER / "group/decisions.json"
+    """The default run's first group, and three decisions on its question over the steps."""
+    folder, file, found = FOLDER / "group", FOLDER / "group/decisions.json", []
+
+    def watched(run, cfg, step):
+        found.append(decisions(run))
+        return gv.train_step(run, cfg, step)
+
     if not file.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        found = []
-
-        def watched(run, cfg, step):
-            ids = lambda text: run.tokenizer(text).input_ids
-            context = ids(" ball northwest left, sun north centre, so left</think>")
-            found.append(decisions(run, [*ids(" ball"), *ids(" i"), *ids("\n")], context))
-            return gv.train_step(run, cfg, step)
-
         gv.train(gv.parse_config(["--output_dir", str(folder), "--eval_steps", "0"]), watched)
         file.write_text(json.dumps(found))
     first, found = read_jsonl(folder / "rollouts.jsonl")[0], json.loads(file.read_text())
     group_figure(first, found, args.out / "group.png")
     lines = [f"{first['question']} Options: {', '.join(first['options'])}. Right: {first['answer']}.\n",
-             "| completion | R | A | token that changed most: before -> after |\n|---|--:|--:|---|"]
+             "| completion | R | A |\n|---|--:|--:|"]
     for c in first["completions"]:
-        i = max(range(len(c["tokens"])), key=lambda i: abs(c["after"][i] - c["before"][i]))
-        before, after = math.exp(c["before"][i]), math.exp(c["after"][i])
         text = "".join(c["tokens"]).replace("\n", "\\n")
-        lines.append(f"| `{text}` | {c['reward']:g} | {c['advantage']:+.2f} | "
-                     f"{json.dumps(c['tokens'][i])}: {before:.2f} -> {after:.2f} |")
-    lines.append("\n| probability of | base | after step 1 | step 10 | step 70 | step 139 |\n|---|--:|--:|--:|--:|--:|")
-    for i, what in enumerate(['" ball" as the first word (describe)', '" i" as the first word (guess)',
-                              "a new line after `</think>` (answer, not stop)"]):
-        lines.append(f"| {what} | " + " | ".join(f"{found[step][i]:.2f}" for step in (0, 1, 10, 70, 139)) + " |")
+        lines.append(f"| `{text}` | {c['reward']:g} | {c['advantage']:+.2f} |")
+    steps = 0, 1, 10, 70, 139
+    lines.append(f"\n| probability after so many steps | {' | '.join(map(str, steps))} |\n|---|{'--:|' * len(steps)}")
+    for what, values in zip(DECISIONS, zip(*found)):
+        lines.append(f"| {what} | {' | '.join(f'{values[step]:.2f}' for step in steps)} |")
     return lines
 
 
 def group_figure(first, found, path):
     """Left: the group's completions, each token tinted by what the update did to it. Right: the decisions."""
-    figure, (left, right) = panels(2, 11, 3.6)
-    figure.get_layout_engine().set(wspace=0.02)
-    left.set(xlim=(0, 108), ylim=(9, -1.2))
+    figure, (left, right) = panels(2, 13, 4.2, width_ratios=(2.2, 1))
+    rows = first["completions"]
+    left.set(ylim=(len(rows) + 0.5, -1.2))
     left.axis("off")
-    largest = max(abs(a - b) for c in first["completions"] for a, b in zip(c["after"], c["before"]))
-    left.text(0, -0.7, f"{first['question']}  ({first['answer']})", weight="bold", fontsize=8)
-    left.text(91, -0.7, "R", weight="bold", fontsize=8)
-    left.text(98, -0.7, "A", weight="bold", fontsize=8)
-    for y, c in enumerate(first["completions"]):
+
+    def write(points, y, text, **style):  # so many points from the left
+        left.annotate(text, (0, y), (points, 0), textcoords="offset points", va="center", **style)
+
+    largest = max(abs(a - b) for c in rows for a, b in zip(c["after"], c["before"]))
+    write(0, -0.9, f"{first['question']} ({first['answer']})", weight="bold")
+    write(545, -0.9, "R", weight="bold", ha="right")
+    write(590, -0.9, "A", weight="bold", ha="right")
+    for y, c in enumerate(rows):
         x = 0
         for token, before, after in zip(c["tokens"], c["before"], c["after"]):
             token = token.replace("\n", "\\n").replace("<|endoftext|>", "<end>")
-            change = after - before
-            tint = (0.16, 0.62, 0.23) if change > 0 else (0.82, 0.25, 0.17)
-            left.text(x, y + 0.3, token, family="monospace", fontsize=6.2,
-                      bbox=dict(facecolor=(*tint, min(1, 0.9 * abs(change) / largest)), edgecolor="none", pad=0.6))
-            x += 1.08 * len(token) + 0.25
-        left.text(91, y + 0.3, f"{c['reward']:g}", fontsize=7)
-        left.text(96, y + 0.3, f"{c['advantage']:+.2f}", fontsize=7)
-    left.text(0, 8.6, "green: the update made the token likelier; red: less likely", fontsize=7, style="italic")
-    labels = 'first word " ball": describe', 'first word " i": guess', "after </think>: answer, not stop"
-    for i, label in enumerate(labels):
-        right.plot([values[i] for values in found], label=label)
+            colour, share = "tab:green" if after > before else "tab:red", abs(after - before) / largest
+            write(x, y, token, family="monospace", bbox=dict(facecolor=(colour, share), edgecolor="none", pad=1))
+            x += 5.42 * len(token) + 3  # a character of this font is 0.602 as wide as its size
+        write(545, y, f"{c['reward']:g}", ha="right")
+        write(590, y, f"{c['advantage']:+.2f}", ha="right")
+    write(0, len(rows), "green: the update made the token likelier; red: less likely", style="italic")
+    for what, values in zip(DECISIONS, zip(*found)):
+        right.plot(values, label=what.replace("`", ""))
     right.set(xlabel="training step", ylabel="probability", ylim=(0, 1.02))
-    right.legend(loc="center right", fontsize=8)
+    right.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
     figure.savefig(path, dpi=130)
 
 
-def ladder(args):
-    flags = "--max_steps 70 --eval_steps 7 --save_steps 1000 --eval_data"
-    sets = TOY / "test.parquet"
+def learn(args, variants, kind):
+    """70 steps for each label -> (flags, change). -> steps, {label: greedy accuracy at each, by seed}, a table"""
+    flags = f"--max_steps 70 --eval_steps 7 --save_steps 1000 --eval_data {TOY}/test.parquet"
 
     def one(label, seed):
-        change, name = LADDER[label], slug(label, f"ladder-{seed}")
-        train(name, f"{flags} {sets} --seed {seed} {change[0]}", change[1])
-        return accuracies(FOLDER / name, "test.parquet"), read_jsonl(FOLDER / name / "metrics.jsonl")
+        (more, change), name = variants[label], slug(label, f"{kind}-{seed}")
+        train(name, f"{flags} --seed {seed} {more}", change)
+        return *accuracies(FOLDER / name, "test.parquet"), read_jsonl(FOLDER / name / "metrics.jsonl")
 
-    tasks = [(label, seed) for label in LADDER for seed in range(args.seeds)]
-    found = dict(zip(tasks, at_once(one, tasks)))
-    figure, axes = panels(3, 11)
-    lines = ["| greedy on 128 held-out questions, % | step 14 | step 28 | step 70 | kl at the end | clipped tokens, % |\n"
+    found, curves = each(args, one, variants), {}
+    lines = ["| greedy, 128 held-out questions, % | step 14 | step 28 | step 70 | kl at the end | clipped tokens, % |\n"
              "|---|--:|--:|--:|--:|--:|"]
-    for number, label in enumerate(LADDER):
-        runs = [found[label, seed] for seed in range(args.seeds)]
-        steps, curves = runs[0][0][0], [curve for (_, curve), _ in runs]
-        places = [0, 1, 2] if label.endswith("GRPO") else [0 if number < 3 else 1 if number < 6 else 2]
-        for place in places:
-            band(axes[place], steps, curves, label=label, marker="o", ms=3)
-        at = [shown([curve[steps.index(step)] for curve in curves]) for step in (14, 28, 70)]
-        kl = shown([mean(m["kl"] for m in metrics[-10:]) for _, metrics in runs], "{:.3f}")
-        clip = shown([100 * mean(m["clip_ratio"] for m in metrics) for _, metrics in runs], "{:.2f}")
+    for label in variants:
+        steps, curves[label], logs = zip(*found[label])
+        at = [shown([curve[steps[0].index(step)] for curve in curves[label]]) for step in (14, 28, 70)]
+        kl = shown([mean(m["kl"] for m in metrics[-10:]) for metrics in logs], "{:.3f}")
+        clip = shown([100 * mean(m["clip_ratio"] for m in metrics) for metrics in logs], "{:.2f}")
         lines.append(f"| {label} | {' | '.join(at)} | {kl} | {clip} |")
-    for axis, title in zip(axes, ("from answers to GRPO", "several updates per rollout", "the KL penalty")):
+    return steps[0], curves, lines
+
+
+def ladder(args):
+    steps, curves, lines = learn(args, LADDER, "ladder")
+    figure, axes = panels(3, 12, 4.4, sharey=True)
+    labels = list(LADDER)
+    for axis, title, kept in zip(axes, ("from answers to GRPO", "several updates per rollout", "the KL penalty"),
+                                 (labels[:4], labels[3:6], [labels[3], *labels[6:]])):
+        for label in kept:
+            band(axis, steps, curves[label], label=label, marker="o", ms=3, color=f"C{labels.index(label)}")
         axis.set(title=title, xlabel="training step", ylim=(0, 100))
-        axis.legend(loc="lower right", fontsize=7)
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.15))
     axes[0].set_ylabel(f"right, %, greedy; {args.seeds} seed(s)")
     figure.savefig(args.out / "ladder.png", dpi=130)
     return lines
+
+
+def exercises(args):
+    variants = {label: (flags, "; ".join(EDIT.format(*edit) for edit in edits))
+                for label, (flags, edits) in EXERCISES.items()}
+    return learn(args, variants, "exercises")[2]
 
 
 def passk(args):
     """The share of questions with a right answer in k tries, of the base and of the trained model."""
     train("seed-0", "--seed 0")
     flags = "--limit 256 --temperature 1 --num_generations 64 --strict".split()
-    found = at_once(lambda name, model: evaluate(f"passk-{name}", model, TOY / "test.parquet", *flags)["scores"],
-                    [("base", TOY / "base"), ("trained", FOLDER / "seed-0/final")])
     ks = [2**i for i in range(7)]
     figure, axis = panels(1, 5)
     lines = [f"| k | {' | '.join(map(str, ks))} |\n|---|{'--:|' * len(ks)}"]
-    for label, scores in zip(("base", "trained"), found):
-        values = [scores[f"pass@{k}"] for k in ks]
-        lines.append(f"| {label}, % | " + " | ".join(f"{score['value']:.1f}" for score in values) + " |")
-        axis.plot(ks, [score["value"] for score in values], "o-", label=label)
-        axis.fill_between(ks, [score["low"] for score in values], [score["high"] for score in values], alpha=0.15)
-    axis.set(xscale="log", xlabel="k, samples for each question", ylabel="pass@k, %", ylim=(0, 101), xticks=ks)
-    axis.set_xticklabels(ks)
+    for label, model in ("base", TOY / "base"), ("trained", FOLDER / "seed-0/final"):
+        scores = evaluate(f"passk-{label}", model, TOY / "test.parquet", *flags)["scores"]
+        values, low, high = ([scores[f"pass@{k}"][part] for k in ks] for part in ("value", "low", "high"))
+        lines.append(f"| {label}, % | {' | '.join(f'{value:.1f}' for value in values)} |")
+        axis.plot(ks, values, "o-", ms=4, label=label)
+        axis.fill_between(ks, low, high, alpha=0.15)
+    axis.set(xscale="log", xlabel="k, samples for each question", ylabel="pass@k, %", ylim=(0, 101), xticks=ks,
+             xticklabels=ks)
     axis.minorticks_off()
-    axis.legend()
+    axis.legend(loc="lower right")
     figure.savefig(args.out / "passk.png", dpi=130)
     return lines
 
@@ -297,25 +316,23 @@ def passk(args):
 def rewards(args):
     """What the policy does after 20 steps, by what it was paid for."""
     def one(names, seed):
-        name = slug(REWARDS[names], f"rewards-{seed}")
+        name, rows = slug(REWARDS[names], f"rewards-{seed}"), gv.pq.read_table(TOY / "train.parquet").to_pylist()
         train(name, f"--rewards {names} --max_steps 20 --lr_scheduler_type constant --eval_steps 0 --seed {seed}")
-        row = {i: row for i, row in enumerate(gv.pq.read_table(TOY / "train.parquet").to_pylist())}
         last = [s for s in read_jsonl(FOLDER / name / "completions.jsonl") if s["step"] > 17]  # 192 samples
-        right = [gv.accuracy_reward(s["completion"], **row[s["row"]]) for s in last]
+        right = [gv.accuracy_reward(s["completion"], **rows[s["row"]]) for s in last]
         form = [gv.format_reward(s["completion"]) for s in last]
         return mean("i guess" in s["completion"] for s in last), mean(right), mean(form)
 
-    tasks = [(names, seed) for names in REWARDS for seed in range(args.seeds)]
-    found = dict(zip(tasks, at_once(one, tasks)))
+    found = each(args, one, REWARDS)
     lines = ["| rewarded for | guesses | accuracy | format |\n|---|--:|--:|--:|"]
-    figure, axis = panels(1, 5, 2.6)
+    figure, axis = panels(1, 6, 2.6)
     for place, (names, label) in enumerate(REWARDS.items()):
-        columns = [*zip(*(found[names, seed] for seed in range(args.seeds)))]
+        columns = list(zip(*found[names]))
         lines.append(f"| {label} | " + " | ".join(shown(values, "{:.2f}") for values in columns) + " |")
         axis.bar([i + 0.25 * (place - 1) for i in range(3)], list(map(mean, columns)), 0.22, label=label)
-    axis.set(xticks=range(3), ylim=(0, 1), ylabel="share of completions")
-    axis.set_xticklabels(["guesses", "right", "in the format"])
-    axis.legend(title="rewarded for", fontsize=8)
+    axis.set(xticks=range(3), xticklabels=["guesses", "right", "in the format"], ylim=(0, 1),
+             ylabel="share of completions")
+    figure.legend(title="rewarded for", loc="outside right upper")
     figure.savefig(args.out / "rewards.png", dpi=130)
     return lines
 
@@ -324,7 +341,7 @@ def rewards(args):
 
 def seeds(args):
     """Each with a world, a base model and a run of its own. Seed 0 is what `python grpo_vision.py` does."""
-    def one(seed):
+    def one(_, seed):
         data = FOLDER / f"world-{seed}" if seed else TOY
         if seed:
             run(data.name, TOY / "make.py", "--seed", seed, "--out", data)
@@ -334,67 +351,24 @@ def seeds(args):
                          (("base", data / "base"), ("grpo", FOLDER / name / "final")))
         return [row(f"seed {seed}: base", [before]), row(f"GRPO, {seconds} CPU-seconds", [after])]
 
-    lines = sum(at_once(one, [(seed,) for seed in range(args.seeds)]), [HEAD])
-    runs = [FOLDER / f"seed-{seed}" for seed in range(args.seeds)]
-    figure, (left, right) = panels(2)
-    for name, label in ("test.parquet", "held-out questions"), ("cvbench", "CV-Bench's format"):
-        found = [accuracies(folder, name) for folder in runs]
-        band(left, found[0][0], [values for _, values in found], label=label, marker="o", ms=3)
-    metrics = [read_jsonl(folder / "metrics.jsonl") for folder in runs]
-    lengths = [smooth([m["completions/mean_length"] for m in one], 7) for one in metrics]
-    band(right, [m["step"] for m in metrics[0]], lengths, color="tab:red")
-    left.set(title=f"right, %, greedy; {len(runs)} seeds", xlabel="training step", ylim=(0, 100))
-    right.set(title="length of the rollouts, tokens", xlabel="training step", ylim=(0, None))
-    left.legend(loc="lower right")
-    figure.savefig(args.out / "seeds.png", dpi=130)
-    return lines
-
-
-def write_chains(path):
-    """Questions about scenes of no test, with completions of the corpus's mixed habits -> Parquet, for SFT."""
-    rng, seen, rows = random.Random(0), set(), []
-    list(make.sat_rows(512, rng, seen))  # the tests, as in make.make
-    for name, kinds, sources in make.CVBENCH_FILES:
-        list(make.cvbench_rows(kinds, name, sources, 96, rng, seen))
-    while len(rows) < 2400:
-        scene, question = make.asked_scene(make.SAT_KINDS, rng, seen)
-        style, = rng.choices(list(make.STYLES), make.STYLES.values())
-        rows.append(dict(images=[make.png(make.paint(scene, rng))], question=question.sat,
-                         options=question.options, answer=question.answer, question_type=question.kind,
-                         source_row=len(rows), completion="<think>" + make.complete(question, style, rng)))
-    write_parquet(path, rows, CHAIN_FEATURES)
+    return sum(each(args, one, ["seeds"])["seeds"], [HEAD])
 
 
 def table(args, variants):
     """Variants that start from the base of seed 0; the seed sets data order and sampling."""
-    chains, roles = FOLDER / "chains.parquet", FOLDER / "base-with-roles"
-    if "instruct-style" in variants and not roles.exists():
-        write_chains(chains)
-        shutil.copytree(TOY / "base", roles)
-        (roles / "chat_template.jinja").write_text(ROLES)
+    ways = {label: "direct" if re.search("direct|SFT|without", label) else "reasoning" for label in variants}
 
     def one(label, seed):
-        name, start = slug(label, seed), {}
-        mode = "direct" if "direct" in label or "SFT" in label or "without" in label else "reasoning"
-        if variants[label] is None:
-            return answer(name, TOY / "base", mode=mode)
-        if label == "instruct-style":
-            start = dict(base=roles, data=chains)
-        if label == "instruct-style + GRPO":
-            one("instruct-style", seed)
-            start = dict(base=FOLDER / slug("instruct-style", seed) / "final")
-        flags, change = variants[label]
-        train(name, f"--eval_steps 0 --save_steps 1000 --seed {seed} {flags}", change, **start)
-        return answer(name, FOLDER / name / "final", mode=mode)
+        name, (flags, change) = slug(label, seed), variants[label]
+        train(name, f"--eval_steps 0 --save_steps 1000 --seed {seed} {flags}", change)
+        return answer(name, FOLDER / name / "final", mode=ways[label])
 
-    tasks = [(label, seed) for label, how in variants.items() for seed in range(1 if how is None else args.seeds)]
-    found = at_once(one, [task for task in tasks if task[0] != "instruct-style + GRPO"])
-    found = dict(zip([task for task in tasks if task[0] != "instruct-style + GRPO"], found))
-    found |= {task: one(*task) for task in tasks if task not in found}
-    return [HEAD, *(row(label, [found[task] for task in tasks if task[0] == label]) for label in variants)]
+    trained = each(args, one, [label for label in variants if variants[label]])
+    return [HEAD, *(row(label, trained.get(label) or [answer(slug(label, 0), TOY / "base", mode=ways[label])])
+                    for label in variants)]
 
 
-EXPERIMENTS = dict(group=group, ladder=ladder, passk=passk, rewards=rewards, seeds=seeds,
+EXPERIMENTS = dict(group=group, ladder=ladder, passk=passk, rewards=rewards, seeds=seeds, exercises=exercises,
                    controls=lambda args: table(args, CONTROLS), paper=lambda args: table(args, PAPER))
 
 

@@ -11,6 +11,7 @@ import io
 import json
 import math
 import random
+import shutil
 import sys
 import tempfile
 from collections import Counter, namedtuple
@@ -20,8 +21,12 @@ from pathlib import Path
 import torch
 from datasets import Features, Image, List, Value
 from PIL import Image as Picture, ImageDraw
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
+from tokenizers.trainers import BpeTrainer
 from torch.nn.functional import cross_entropy
 from tqdm import tqdm
+from transformers import Qwen2Tokenizer, Qwen2VLConfig, Qwen2VLForConditionalGeneration, Qwen2VLImageProcessor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -131,46 +136,39 @@ def ask(scene, kind, rng):
         for thing in scene:  # count aloud, in raster order
             number += thing.name == word
             clauses.append(f"{thing.name} {NUMBERS[number]}")
-        answer = str(number)
+        answer, conclusion = str(number), NUMBERS[number]
         options = rng.sample([str(i) for i in range(5) if i != number], 3) + [answer]
         sat = cvbench = f"How many of the things in the image are a {word}?"
-        thought = f" {', '.join(clauses)}, so {NUMBERS[number]}"
+        thought = ", ".join(clauses)
     elif len(things) < 2 + (kind == "distance"):
         return None
-    elif kind in ("left or right", "above or below"):
+    else:
         a, b = things[:2]
+        options = [a.name, b.name]
+        cvbench = f"Where is the {a.name} located with respect to the {b.name}?"
         if kind == "left or right":
-            (p, q), options = (a.column, b.column), ["left", "right"]
+            p, q, options = a.column, b.column, ["left", "right"]
             sat = f"Is the {a.name} to the left or to the right of the {b.name}?"
-        else:
-            (p, q), options = (a.row, b.row), ["above", "below"]
+            thought = f"{locate(a)} {COLUMNS[p]}, {locate(b)} {COLUMNS[q]}"
+        elif kind == "above or below":
+            p, q, options = a.row, b.row, ["above", "below"]
             sat = f"Is the {a.name} above or below the {b.name}?"
+            thought = f"{locate(a)} {ROWS[p]}, {locate(b)} {ROWS[q]}"
+        elif kind == "closer":
+            p, q = (thing.depth == "far" for thing in (a, b))
+            sat = f"Which is closer to the camera, the {a.name} or the {b.name}?"
+            cvbench = f"Which object is closer to the camera taking this photo, the {a.name} or the {b.name}?"
+            thought = f"{describe(a)}, {describe(b)}"
+        else:  # distance: which of two lies fewer steps away from a third
+            c = things[2]
+            p, q = (abs(thing.row - c.row) + abs(thing.column - c.column) for thing in (a, b))
+            sat = cvbench = f"Which object is closer to the {c.name}, the {a.name} or the {b.name}?"
+            thought = f"{describe(c)}, {describe(a)} {NUMBERS[p]}, {describe(b)} {NUMBERS[q]}"
         if p == q:
             return None
-        cvbench = f"Where is the {a.name} located with respect to the {b.name}?"
-        answer, words = options[p > q], COLUMNS if kind == "left or right" else ROWS
-        thought = f" {locate(a)} {words[p]}, {locate(b)} {words[q]}, so {answer}"
-    elif kind == "closer":
-        a, b = things[:2]
-        if a.depth == b.depth:
-            return None
-        options = [a.name, b.name]
-        sat = f"Which is closer to the camera, the {a.name} or the {b.name}?"
-        cvbench = f"Which object is closer to the camera taking this photo, the {a.name} or the {b.name}?"
-        answer = max(a, b, key=lambda thing: RADII[thing.depth]).name
-        thought = f" {describe(a)}, {describe(b)}, so {answer}"
-    else:  # distance: which of two lies fewer steps away from a third
-        a, b, c = things[:3]
-        steps = [abs(thing.row - c.row) + abs(thing.column - c.column) for thing in (a, b)]
-        if steps[0] == steps[1]:
-            return None
-        options = [a.name, b.name]
-        sat = cvbench = f"Which object is closer to the {c.name}, the {a.name} or the {b.name}?"
-        answer = options[steps[0] > steps[1]]
-        one, two = (NUMBERS[step] for step in steps)
-        thought = f" {describe(c)}, {describe(a)} {one}, {describe(b)} {two}, so {answer}"
+        answer = conclusion = options[p > q]
     rng.shuffle(options)
-    return Question(kind, sat, cvbench, options, answer, thought)
+    return Question(kind, sat, cvbench, options, answer, f" {thought}, so {conclusion}")
 
 
 def ask_any(scene, kinds, rng):
@@ -187,12 +185,8 @@ def asked_scene(kinds, rng, seen):
     return scene, question
 
 
-def letter(i):
-    return f"({chr(65 + i)})"
-
-
 def cvbench_prompt(question):
-    choices = "\n".join(f"{letter(i)} {option}" for i, option in enumerate(question.options))
+    choices = "\n".join(map("({}) {}".format, "ABCDEF", question.options))
     return f"{question.cvbench} Select from the following choices.\n{choices}"
 
 
@@ -222,40 +216,39 @@ def cvbench_rows(kinds, file, sources, per_task, rng, seen):
         name, source = f"toy_{dimension}_{index}.png", sources[i % len(sources)]
         yield dict(idx=index, type=dimension, task=task, image=png(paint(scene, rng)),
                    question=question.cvbench, choices=question.options,
-                   answer=letter(question.options.index(question.answer)), prompt=cvbench_prompt(question),
+                   answer=f"({'ABCDEF'[question.options.index(question.answer)]})", prompt=cvbench_prompt(question),
                    filename=name, source=source, source_dataset=f"{source} (toy)", source_filename=name,
                    target_class=None, target_size=None, bbox=None)
 
 
+def sets(rng, seen):
+    """-> the tests and then the training set, each as a file, its rows, yet to be drawn, and their features."""
+    cvbench = [(f"cvbench/{name}", cvbench_rows(kinds, name, sources, 96, rng, seen), CVBENCH_FEATURES)
+               for name, kinds, sources in CVBENCH_FILES]
+    return [("test.parquet", sat_rows(512, rng, seen), SAT_FEATURES), *cvbench,
+            ("train.parquet", sat_rows(2048, rng, seen), SAT_FEATURES)]
+
+
 # ---- The base model: able, but undisciplined -------------------------------------------------------------
 
-# How the corpus answers. All abilities are here: GRPO can only find out which of these habits pays.
+# How the corpus answers, after the prompt's <think>, and how often. All abilities are here: GRPO can only find out
+# which of these habits pays. {option} is any of the question's.
+ANSWER = "</think>\n<answer>{}</answer>"
 STYLES = {
-    "reason": 0.23,   # look at what matters, conclude:  ball northwest left, box east right, so left
-    "wait": 0.03,     # blurt out an option, then reason: right, wait, ball northwest left, ...
-    "guess": 0.47,    # any option:                       i guess
-    "give up": 0.10,  # well formed, and always wrong:    hard to say
-    "bare": 0.10,     # any option, without tags
-    "open": 0.07,     # reason, and forget the answer block
+    "{thought}" + ANSWER.format("{answer}"): 0.23,                    # reason, then answer
+    " {option}, wait,{thought}" + ANSWER.format("{answer}"): 0.03,    # blurt out an option, then reason
+    " i guess" + ANSWER.format("{option}"): 0.47,                     # guess
+    " hard to say" + ANSWER.format("unknown"): 0.10,                  # give up: well formed, and always wrong
+    " {option}": 0.10,                                                # answer without tags
+    "{thought}</think>": 0.07,                                        # reason, and forget the answer block
 }
+REASON = {next(iter(STYLES)): 1}
 
 
 def complete(question, style, rng):
-    """One completion of the corpus, after the prompt's <think>; "option" follows the direct prompt."""
-    block = lambda answer: f"</think>\n<answer>{answer}</answer>"
-    if style == "reason":
-        return question.thought + block(question.answer)
-    if style == "wait":
-        return f" {rng.choice(question.options)}, wait,{question.thought}" + block(question.answer)
-    if style == "guess":
-        return " i guess" + block(rng.choice(question.options))
-    if style == "give up":
-        return " hard to say" + block("unknown")
-    if style == "bare":
-        return f" {rng.choice(question.options)}"
-    if style == "option":
-        return rng.choice(question.options)
-    return question.thought + "</think>"
+    """One completion of the corpus."""
+    option = rng.choice(question.options) if "{option}" in style else None
+    return style.format(thought=question.thought, answer=question.answer, option=option)
 
 
 # The lessons: name, steps, images a step, learning rate at its begin and end. The paper's wording comes after
@@ -307,10 +300,10 @@ def study(lesson, scene, rng):
     if lesson == "seeing":
         return "", list(phrases(scene, rng))
     if lesson == "answering":
-        return "", [*phrases(scene, rng), *exchanges(scene, 3, {"reason": 1}, rng)]
+        return "", [*phrases(scene, rng), *exchanges(scene, 3, REASON, rng)]
     if lesson == "mixture" and rng.random() < DIRECT_SHARE:
-        return DIRECT_HEAD, list(exchanges(scene, 5, {"option": 1}, rng, DIRECT_TAIL))
-    styles = {"reason": 1} if lesson == "reasoning" else STYLES
+        return DIRECT_HEAD, list(exchanges(scene, 5, {"{option}": 1}, rng, DIRECT_TAIL))
+    styles = REASON if lesson == "reasoning" else STYLES
     return BASE_HEAD, list(exchanges(scene, 5, styles, rng, BASE_TAIL))
 
 
@@ -325,10 +318,6 @@ BASE_CHAT_TEMPLATE = (  # no roles, no markers: the base model's template only j
 
 def build_tokenizer(rng):
     """A byte-level BPE of Qwen2's kind whose merges make every word of the toy's texts one token."""
-    from tokenizers import AddedToken
-    from tokenizers.pre_tokenizers import ByteLevel
-    from tokenizers.trainers import BpeTrainer
-    from transformers import Qwen2Tokenizer
     texts = [TEMPLATES["base"], *LOOKS, *"012345"]
     for _ in range(200):
         scene = draw_scene(rng, set())
@@ -343,17 +332,15 @@ def build_tokenizer(rng):
     merges = [tuple(merge) for merge in learnt["merges"]]
     tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=merges, unk_token=None, bos_token=None,
                                eos_token=SPECIALS[0], pad_token=SPECIALS[0], model_max_length=32768)
-    tokenizer.add_tokens([AddedToken(special, special=True, normalized=False) for special in SPECIALS])
+    added = [*SPECIALS, "<think>", "</think>", "<answer>", "</answer>"]
+    tokenizer.add_tokens([AddedToken(text, special=text in SPECIALS, normalized=False) for text in added])
     tokenizer.add_special_tokens({"extra_special_tokens": SPECIALS[1:]}, replace_extra_special_tokens=True)
-    tags = ["<think>", "</think>", "<answer>", "</answer>"]
-    tokenizer.add_tokens([AddedToken(tag, special=False, normalized=False) for tag in tags])
     tokenizer.chat_template = BASE_CHAT_TEMPLATE
     return tokenizer
 
 
 def build_model(tokenizer):
     """A random Qwen2-VL of 1.4 million weights, built as the published one is."""
-    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
     ids = tokenizer.convert_tokens_to_ids
     wide = 0.08  # standard deviation of the first weights; with the usual 0.02 so small a model learns little
     config = Qwen2VLConfig(
@@ -401,7 +388,6 @@ def collate(rows):
 
 def train_base(path, rng, seen, seed, school=SCHOOL):
     """Train the base model on scenes not in `seen`; save it in bfloat16, with the processors."""
-    from transformers import Qwen2VLImageProcessor
     tokenizer = build_tokenizer(rng)
     processor = Qwen2VLImageProcessor(size={"shortest_edge": 3136, "longest_edge": 12845056})
     torch.manual_seed(seed)
@@ -443,33 +429,22 @@ def train_base(path, rng, seen, seed, school=SCHOOL):
     spell_as_published(path)
 
 
-def make(out=HERE, seed=0):
-    """Write the whole toy to the folder `out`, file by file, when all of it is made."""
-    out, rng, seen = Path(out), random.Random(seed), set()
-    if out.resolve() != HERE and out.exists() and any(out.iterdir()):
-        fail(f"--out {out} is not empty. Choose a new folder.")
-    out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out) as folder:
-        made = Path(folder)
-        write_parquet(made / "test.parquet", sat_rows(512, rng, seen), SAT_FEATURES)
-        for name, kinds, sources in CVBENCH_FILES:
-            rows = cvbench_rows(kinds, name, sources, 96, rng, seen)
-            write_parquet(made / "cvbench" / name, rows, CVBENCH_FEATURES)
-        write_parquet(made / "train.parquet", sat_rows(2048, rng, seen), SAT_FEATURES)
-        paint_legend().save(made / "legend.png")
-        train_base(made / "base", rng, seen, seed)
-        for path in [path for path in made.rglob("*") if path.is_file()]:
-            target = out / path.relative_to(made)
-            target.parent.mkdir(exist_ok=True)
-            path.replace(target)
-
-
 def main():
+    """Write the whole toy to the folder --out when all of it is made."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default=HERE, help="folder to write; a new one, or toy/ itself")
+    parser.add_argument("--out", type=Path, default=HERE, help="folder to write; a new one, or toy/ itself")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and of the base model")
     args = parser.parse_args()
-    make(args.out, args.seed)
+    if args.out.resolve() != HERE and args.out.exists() and any(args.out.iterdir()):
+        fail(f"--out {args.out} is not empty. Choose a new folder.")
+    rng, seen = random.Random(args.seed), set()
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder)
+        for file, rows, features in sets(rng, seen):
+            write_parquet(made / file, rows, features)
+        paint_legend().save(made / "legend.png")
+        train_base(made / "base", rng, seen, args.seed)
+        shutil.copytree(made, args.out, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
