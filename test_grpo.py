@@ -1019,11 +1019,10 @@ FOUR = ["one", "two", "three", "four"]
 READINGS = [
     (["two", " Two "], ["one", "two"], "", ["two", "two"]),
     (["B", "(b)", "A.", "[B]", "Option A", "$B$"], ["one", "two"], "", "two two one two one two".split()),
-    ([1, 2, 3, 4], FOUR, "", FOUR), (["1", "2", "3", "4", "5"], FOUR, "", [*FOUR, None]),
+    (["1", "2", "3", "4", "5"], FOUR, "", [*FOUR, None]),
     (["0", "1", "2", "3"], FOUR, "", FOUR), ([0, 1.0, 4], FOUR, "", ["one", "two", None]),
     ([1, 2, 3], FOUR, "", None), ([1, 2], FOUR, "index1", FOUR[:2]), ([1, 2], FOUR, "index0", ["two", "three"]),
-    ([2, 3.0, 5], [2, 3, 5.0], "", ["2", "3", "5"]), (["2", "1", "3"], ["1", "2", "3"], "", ["2", "1", "3"]),
-    ([1, 2], ["1", "2", "3"], "", None),  # as text or as an index?
+    ([2, 3.0, 5], [2, 3, 5.0], "", ["2", "3", "5"]), ([1, 2], ["1", "2", "3"], "", None),  # as text or as an index?
     (["A", "b", "the left one"], ["b", "a", "the left one"], "", ["a", "b", "the left one"]),
     (["A", "B"], ["b", "a"], "", None), (["A", "B"], ["b", "a"], "letter", ["b", "a"]),  # text or letter?
     ([float("nan"), 2.0], ["x", "y"], "", [None, "y"]), (["$5$", "5"], ["$5$", "$6$"], "", ["$5$", "$5$"]),
@@ -1035,13 +1034,13 @@ READINGS = [
 # a free answer, and what it becomes; None: the row is skipped
 FREE = [
     ("\\boxed{3}", "3"), ("$3$", "3"), ("48/2=24 <<24+48=72>>\n#### 72", "72"), ("#### 1 #### 2", "2"),
-    ("Final Answer: 3", "3"), ("<answer>Answer: \\boxed{3}</answer>", "3"), ("\\(3\\)", "3"), ("**3**", "3"),
-    ("<think>?</think> <answer>3</answer>", "3"), ("answer", "answer"), ("$5", "$5"), ("[0, 3]", "[0, 3]"),
+    ("Final Answer: 3", "3"), ("<answer>Answer: \\boxed{3}</answer>", "3"), ("**3**", "3"),
+    ("<think>?</think> <answer>3</answer>", "3"), ("answer", "answer"), ("$5", "$5"), ("10 cm", "10 cm"),
     ("so \\frac{2}{4}, or \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("240πcm^{2}", "240πcm^{2}"), ("3/4", "3/4"),
-    ("10 cm", "10 cm"), ("3<|im_end|>", None), ("3</s>", None), ("\\boxed{3", None), ("<think> 3", None),
+    ("3<|im_end|>", None), ("\\boxed{3", None), ("<think> 3", None),
     ("\\boxed{1} or \\boxed{2}", None), ("<answer>1</answer> <answer>2</answer>", None), ("####", None),
     ("['24/7', '3.4']", None), (7, "7"), (0.5, "0.5"), (float("nan"), None), (None, None), (True, "True"),
-    ([{"answer": "no"}, {"answer": "ok"}, {"answer": "no"}], "no"), (["red"], "red"), ([], None),
+    ([{"answer": "no"}, {"answer": "ok"}, {"answer": "no"}], "no"), ([], None),
     (["red", "blue"], None), ({"a": 1}, None)]
 WITH_MATHEMATICS = ["\\frac{1}{2}", "$5", "240πcm^{2}", "3/4", "10 cm"]
 CHAIN = "<think>\nTwo legs, \"four\" ...\n</think>\n\n<answer> Final Answer:B </answer>"
@@ -1222,20 +1221,19 @@ def test_images_are_seen_upright_and_white_where_they_are_transparent():
 
 
 def test_data_that_is_no_training_data_stops(train, sat, world, tmp_path):
+    path = tmp_path / "own.parquet"
+    pq.write_table(pq.read_table(sat / "train.parquet").replace_schema_metadata(None), path)
     (tmp_path / "text.parquet").write_text("question,answer\n")
-    unmarked = pq.read_table(sat / "train.parquet").replace_schema_metadata(None)
-    pq.write_table(unmarked, tmp_path / "own.parquet")
     all_stop(lambda flags: train(tmp_path / "run", *flags), {
-        f"--data {tmp_path}/text.parquet": "text.parquet Parquet",
-        f"--data {tmp_path}/own.parquet": "own.parquet prepare_sat.py --from",
-        "--max_prompt_length 3": "--max_prompt_length 3"})
+        f"--data {tmp_path}/text.parquet": "text.parquet Parquet", "--max_prompt_length 3": "--max_prompt_length 3",
+        f"--data {path}": "own.parquet prepare_sat.py --from"})
     assert not (tmp_path / "run").exists()
     for answer in "a", "b":  # rewritten within a tick of the file system's clock: read as it lies there, uncached
-        write_rows(tmp_path / "text.parquet", dict(answer=answer), dict(images=[]))
-        os.utime(tmp_path / "text.parquet", (0, 0))
-        assert [row["answer"] for row in fitting(tmp_path / "text.parquet", world)] == [answer, "b"]
+        write_rows(path, dict(answer=answer), dict(images=[]))
+        os.utime(path, (0, 0))
+        assert [row["answer"] for row in fitting(path, world)] == [answer, "b"]
     with stops("row 1", "no image", "1 process"):
-        fitting(tmp_path / "text.parquet", world, processes=2)
+        fitting(path, world, processes=2)
 
 
 def test_draw_walks_through_seeded_permutations():
@@ -1590,8 +1588,8 @@ def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(train, t
 
 
 def test_what_cannot_be_drawn_does_not_stop_training(train, tmp_path, monkeypatch, capsys):
-    write_rows(tmp_path / "text.parquet", *[dict(images=[])] * 4)
     # rows without a picture, from which the image tower alone learns nothing
+    write_rows(tmp_path / "text.parquet", *[dict(images=[])] * 4)
     flags = "--eval_steps 1 --freeze llm --max_steps 2 --data".split()
     train(tmp_path / "run", *flags, tmp_path / "text.parquet")
     assert same_weights(tmp_path / "run/checkpoint-1", tmp_path / "run/final")
