@@ -43,7 +43,6 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
-from transformers.cache_utils import Cache
 
 import eval_cvbench
 import grpo_vision as g
@@ -1954,9 +1953,9 @@ def test_a_second_start_grades_anew_and_comparing_takes_files(evaluate, tmp_path
     for mode, right in ("base-reasoning", [0, 1, 0, 0, 0]), ("base-direct", [0, 0, 1, 0, 0]):
         assert verdicts(eval_cvbench.with_verdicts(r | dict(mode=mode), strict=True) for r in records) == right
     a, b, c = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"
-    graded = lambda r, right: r | {"answers": [r["answers"][0] | {"correct": right}]}
-    eval_cvbench.write_jsonl(a, [graded(r, r["id"] == 1) for r in records])
-    eval_cvbench.write_jsonl(b, [graded(r, r["id"] > 1) for r in records[1:]])
+    judged = lambda r, right: r | {"answers": [r["answers"][0] | {"correct": right}]}
+    eval_cvbench.write_jsonl(a, [judged(r, r["id"] == 1) for r in records])
+    eval_cvbench.write_jsonl(b, [judged(r, r["id"] > 1) for r in records[1:]])
     eval_cvbench.write_jsonl(c, [r | {"question": "?"} for r in jsonl(b)])
     capsys.readouterr()
     eval_cvbench.main(["--compare", str(a), str(b)])
@@ -2041,19 +2040,18 @@ FAULTS = [  # in a row of CV-Bench's, and words of the sentence
 def test_evaluation_data_with_faults_stops(cvbench, evaluate, tmp_path):
     table, cases = pq.read_table(cvbench / "test_2d.parquet"), {}
     good, bad, *_ = table.to_pylist()
-    for number, (fault, words) in enumerate(FAULTS):
+    faulty = [(pa.Table.from_pylist([bad | fault]), f"row 0 {words}") for fault, words in FAULTS]
+    faulty += [(table.drop_columns(["prompt"]), "'prompt'"), (table.slice(0, 0), "no rows")]
+    for number, (rows, words) in enumerate(faulty):
         path = tmp_path / f"{number}.parquet"
-        pq.write_table(pa.Table.from_pylist([bad | fault]), path)
-        cases[f"--data {path}"] = f"{path}, row 0 {words}"
-    pq.write_table(table.drop_columns(["prompt"]), tmp_path / "less.parquet")
-    pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
+        pq.write_table(rows, path)
+        cases[f"--data {path}"] = f"{path} {words}"
     write_rows(tmp_path / "own.parquet", dict(answer=""), {})
     all_stop(lambda flags: evaluate(tmp_path / "results", *flags), cases | {
         "--modes instruct-direct": "--modes instruct-direct base-reasoning base-direct",
         "--temperature -1": "--temperature", "--limit 0": "--limit", "--num_generations 5": "5 --temperature",
-        f"--data {tmp_path}/none.parquet": "none.parquet no rows", f"--data {tmp_path}/own.parquet": "row 0 answer",
-        f"--data {g.TOY}": "toy training data test.parquet", f"--output_dir {path}/x": "--output_dir written",
-        f"--data {tmp_path}/less.parquet": "less.parquet 'prompt'", "--data no/such/file": "no/such/file"})
+        f"--data {tmp_path}/own.parquet": "own.parquet, row 0 answer", "--data no/such/file": "no/such/file",
+        f"--data {g.TOY}": "toy training data test.parquet", f"--output_dir {path}/x": "--output_dir written"})
     assert not list((tmp_path / "results").rglob("answers*"))  # before the first answer
     numbers, image = dict(choices=[3, 4], answer="(B)", task=7), dict(bytes=ONE, path=None)
     rows = [bad | numbers | dict(image=[image] * 2), good | numbers | dict(image=[image])]
