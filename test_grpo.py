@@ -1559,12 +1559,13 @@ def test_a_run_that_was_stopped_and_killed_ends_as_if_it_had_not_been(train, sma
     assert code == 0 and f"--resume --output_dir {folder}" in said
     assert g.checkpoints(folder)[-1].name == f"checkpoint-{len(jsonl(folder / 'metrics.jsonl'))}"
     assert interrupt(signal.SIGKILL, "--resume")[1] == -signal.SIGKILL and not (folder / "final").exists()
-    (folder / "checkpoint-19.tmp").mkdir()  # what a run leaves that is killed while it saves
+    (folder / "checkpoint-14.tmp/stale").mkdir(parents=True)  # what a run leaves that is killed while it saves
     (folder / "metrics.jsonl").open("a").write('{"step": 99, "half a li')
     for steps in "14", "14", "13":  # a run that is complete stays as it is
         recipes.main(["--resume", "--output_dir", str(folder), "--save_total_limit", "2", "--max_steps", steps])
         assert same_run(tmp_path / "whole", folder)
     assert [path.name for path in g.checkpoints(folder)] == ["checkpoint-12", "checkpoint-14"]
+    assert not (folder / "checkpoint-14/stale").exists()
 
 
 def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(train, tmp_path):
