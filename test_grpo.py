@@ -172,7 +172,7 @@ class World:
 
     def alone(self, model, prompt, completion, temperature=1.0):
         logits = self.logits(model, prompt, completion) / temperature
-        return logits.masked_fill(self.model.suppressed, -1e300).log_softmax(-1)
+        return logits.masked_fill(self.model.suppressed, -1e30).log_softmax(-1)
 
     def reference_logps(self, passes, rollout=None, **settings):
         cfg = g.Config(**{"num_generations": G, "score_tokens": 30, **settings})
