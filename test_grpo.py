@@ -172,7 +172,7 @@ class World:
 
     def alone(self, model, prompt, completion, temperature=1.0):
         logits = self.logits(model, prompt, completion) / temperature
-        return logits.masked_fill(self.model.suppressed, -1e300).log_softmax(-1)
+        return logits.masked_fill(self.model.suppressed, -1e30).log_softmax(-1)
 
     def reference_logps(self, passes, rollout=None, **settings):
         cfg = g.Config(**{"num_generations": G, "score_tokens": 30, **settings})
@@ -606,7 +606,7 @@ def test_what_is_sampled_is_what_is_scored_and_greedy_is_the_likeliest(family, w
     for i, _, ids in world.rows():
         ended = [token in ENDS for token in ids.tolist()]
         assert not any(ended[:-1]) and ended[-1] == world.rollout.finished[i] and (ended[-1] or len(ids) == 9)
-        assert (world.rollout.completion_ids[i, len(ids):] == ENDS[0]).all()
+        assert (world.rollout.completion_ids[i, len(ids):] == ENDS[0]).all() and not world.model.suppressed[ids].any()
     assert sizes[0] == 12 > min(sizes)  # rows that have ended leave
     assert torch.equal(draw(3).completion_ids, world.rollout.completion_ids)
     assert not torch.equal(draw(7).completion_ids, world.rollout.completion_ids)
@@ -617,37 +617,22 @@ def test_what_is_sampled_is_what_is_scored_and_greedy_is_the_likeliest(family, w
             assert torch.equal(world.alone(world.stock, world.each[group], ids).argmax(-1), ids)
 
 
-def test_tokens_are_drawn_from_the_models_distribution(world):
-    model, N = copy.deepcopy(world.model), 6000
-    model.suppressed = torch.ones_like(model.suppressed)
-    model.suppressed[100:108] = False  # few tokens: a wrong kind of noise shows
-    drawn = g.sample(model, [world.each[0]], N, 1, 2.0, seed(0)).completion_ids
-    counts = torch.bincount(drawn[:, 0], minlength=len(model.suppressed))
-
-    def chi_square(temperature):
-        """How far the counts are from the distribution; it is above 24.3 by chance once in 1000 times."""
-        logits = world.logits(world.stock, world.each[0], [0])[0, 100:108].detach()
-        expected = N * (logits / temperature).softmax(-1)
-        return ((counts[100:108] - expected) ** 2 / expected).sum()
-
-    assert counts[model.suppressed].sum() == 0
-    assert chi_square(2.0) < 24.3 and chi_square(1.0) > 100
-    model.model.language_model.norm.weight.data[3] = float("nan")
-    with stops("not finite"):
-        g.sample(model, [world.each[0]], 1, 3, 1.0)
-
-
-def test_a_draw_among_150000_unlikely_tokens_finds_each_of_them(monkeypatch):
+def test_a_draw_among_150000_unlikely_tokens_finds_each_of_them(world, monkeypatch):
     probabilities = torch.full((150_001,), 2.7e-8, dtype=torch.float64)  # less than float32 resolves beside 0.996
     probabilities[0] = 1 - probabilities[1:].sum()
     aimed = torch.randint(1, 150_000, (64,), generator=seed(0))
     middles = (probabilities.cumsum(0) - probabilities / 2)[aimed]
     decoder = SimpleNamespace(indices=torch.arange(64), step=lambda: None, feed=lambda *_: False)
-    monkeypatch.setattr(g, "Decoder", lambda *_: decoder)
-    monkeypatch.setattr(g, "token_logps", lambda *_: probabilities.log().expand(64, -1))
-    monkeypatch.setattr(torch, "rand", lambda *_, **__: middles[:, None])
     model = SimpleNamespace(eos_ids=[0], device=torch.device("cpu"), dtype=torch.float64)
-    assert torch.equal(g.sample(model, [], 64, 1, 1.0).completion_ids[:, 0], aimed)
+    with monkeypatch.context() as context:
+        context.setattr(g, "Decoder", lambda *_: decoder)
+        context.setattr(g, "token_logps", lambda *_: probabilities.log().expand(64, -1))
+        context.setattr(torch, "rand", lambda *_, **__: middles[:, None])
+        assert torch.equal(g.sample(model, [], 64, 1, 1.0).completion_ids[:, 0], aimed)
+    broken = copy.deepcopy(world.model)
+    broken.model.language_model.norm.weight.data[3] = math.nan
+    with stops("not finite"):
+        g.sample(broken, [world.each[0]], 1, 3, 1.0)
 
 
 def test_each_process_and_step_draws_for_itself(world):
@@ -1066,11 +1051,10 @@ FOUR = ["one", "two", "three", "four"]
 READINGS = [
     (["two", " Two "], ["one", "two"], "", ["two", "two"]),
     (["B", "(b)", "A.", "[B]", "Option A", "$B$"], ["one", "two"], "", "two two one two one two".split()),
-    ([1, 2, 3, 4], FOUR, "", FOUR), (["1", "2", "3", "4", "5"], FOUR, "", [*FOUR, None]),
+    (["1", "2", "3", "4", "5"], FOUR, "", [*FOUR, None]),
     (["0", "1", "2", "3"], FOUR, "", FOUR), ([0, 1.0, 4], FOUR, "", ["one", "two", None]),
     ([1, 2, 3], FOUR, "", None), ([1, 2], FOUR, "index1", FOUR[:2]), ([1, 2], FOUR, "index0", ["two", "three"]),
-    ([2, 3.0, 5], [2, 3, 5.0], "", ["2", "3", "5"]), (["2", "1", "3"], ["1", "2", "3"], "", ["2", "1", "3"]),
-    ([1, 2], ["1", "2", "3"], "", None),  # as text or as an index?
+    ([2, 3.0, 5], [2, 3, 5.0], "", ["2", "3", "5"]), ([1, 2], ["1", "2", "3"], "", None),  # as text or as an index?
     (["A", "b", "the left one"], ["b", "a", "the left one"], "", ["a", "b", "the left one"]),
     (["A", "B"], ["b", "a"], "", None), (["A", "B"], ["b", "a"], "letter", ["b", "a"]),  # text or letter?
     ([float("nan"), 2.0], ["x", "y"], "", [None, "y"]), (["$5$", "5"], ["$5$", "$6$"], "", ["$5$", "$5$"]),
@@ -1082,13 +1066,13 @@ READINGS = [
 # a free answer, and what it becomes; None: the row is skipped
 FREE = [
     ("\\boxed{3}", "3"), ("$3$", "3"), ("48/2=24 <<24+48=72>>\n#### 72", "72"), ("#### 1 #### 2", "2"),
-    ("Final Answer: 3", "3"), ("<answer>Answer: \\boxed{3}</answer>", "3"), ("\\(3\\)", "3"), ("**3**", "3"),
-    ("<think>?</think> <answer>3</answer>", "3"), ("answer", "answer"), ("$5", "$5"), ("[0, 3]", "[0, 3]"),
+    ("Final Answer: 3", "3"), ("<answer>Answer: \\boxed{3}</answer>", "3"), ("**3**", "3"),
+    ("<think>?</think> <answer>3</answer>", "3"), ("answer", "answer"), ("$5", "$5"), ("10 cm", "10 cm"),
     ("so \\frac{2}{4}, or \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("240πcm^{2}", "240πcm^{2}"), ("3/4", "3/4"),
-    ("10 cm", "10 cm"), ("3<|im_end|>", None), ("3</s>", None), ("\\boxed{3", None), ("<think> 3", None),
+    ("3<|im_end|>", None), ("\\boxed{3", None), ("<think> 3", None),
     ("\\boxed{1} or \\boxed{2}", None), ("<answer>1</answer> <answer>2</answer>", None), ("####", None),
     ("['24/7', '3.4']", None), (7, "7"), (0.5, "0.5"), (float("nan"), None), (None, None), (True, "True"),
-    ([{"answer": "no"}, {"answer": "ok"}, {"answer": "no"}], "no"), (["red"], "red"), ([], None),
+    ([{"answer": "no"}, {"answer": "ok"}, {"answer": "no"}], "no"), ([], None),
     (["red", "blue"], None), ({"a": 1}, None)]
 WITH_MATHEMATICS = ["\\frac{1}{2}", "$5", "240πcm^{2}", "3/4", "10 cm"]
 CHAIN = "<think>\nTwo legs, \"four\" ...\n</think>\n\n<answer> Final Answer:B </answer>"
@@ -1269,20 +1253,19 @@ def test_images_are_seen_upright_and_white_where_they_are_transparent():
 
 
 def test_data_that_is_no_training_data_stops(train, sat, world, tmp_path):
+    path = tmp_path / "own.parquet"
+    pq.write_table(pq.read_table(sat / "train.parquet").replace_schema_metadata(None), path)
     (tmp_path / "text.parquet").write_text("question,answer\n")
-    unmarked = pq.read_table(sat / "train.parquet").replace_schema_metadata(None)
-    pq.write_table(unmarked, tmp_path / "own.parquet")
     all_stop(lambda flags: train(tmp_path / "run", *flags), {
-        f"--data {tmp_path}/text.parquet": "text.parquet Parquet",
-        f"--data {tmp_path}/own.parquet": "own.parquet prepare_sat.py --from",
-        "--max_prompt_length 3": "--max_prompt_length 3"})
+        f"--data {tmp_path}/text.parquet": "text.parquet Parquet", "--max_prompt_length 3": "--max_prompt_length 3",
+        f"--data {path}": "own.parquet prepare_sat.py --from"})
     assert not (tmp_path / "run").exists()
     for answer in "a", "b":  # rewritten within a tick of the file system's clock: read as it lies there, uncached
-        write_rows(tmp_path / "text.parquet", dict(answer=answer), dict(images=[]))
-        os.utime(tmp_path / "text.parquet", (0, 0))
-        assert [row["answer"] for row in fitting(tmp_path / "text.parquet", world)] == [answer, "b"]
+        write_rows(path, dict(answer=answer), dict(images=[]))
+        os.utime(path, (0, 0))
+        assert [row["answer"] for row in fitting(path, world)] == [answer, "b"]
     with stops("row 1", "no image", "1 process"):
-        fitting(tmp_path / "text.parquet", world, processes=2)
+        fitting(path, world, processes=2)
 
 
 def test_draw_walks_through_seeded_permutations():
@@ -1613,12 +1596,13 @@ def test_a_run_that_was_stopped_and_killed_ends_as_if_it_had_not_been(train, sma
     assert code == 0 and f"--resume --output_dir {folder}" in said
     assert g.checkpoints(folder)[-1].name == f"checkpoint-{len(jsonl(folder / 'metrics.jsonl'))}"
     assert interrupt(signal.SIGKILL, "--resume")[1] == -signal.SIGKILL and not (folder / "final").exists()
-    (folder / "checkpoint-19.tmp").mkdir()  # what a run leaves that is killed while it saves
+    (folder / "checkpoint-14.tmp/stale").mkdir(parents=True)  # what a run leaves that is killed while it saves
     (folder / "metrics.jsonl").open("a").write('{"step": 99, "half a li')
     for steps in "14", "14", "13":  # a run that is complete stays as it is
         recipes.main(["--resume", "--output_dir", str(folder), "--save_total_limit", "2", "--max_steps", steps])
         assert same_run(tmp_path / "whole", folder)
     assert [path.name for path in g.checkpoints(folder)] == ["checkpoint-12", "checkpoint-14"]
+    assert not (folder / "checkpoint-14/stale").exists()
 
 
 def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(train, tmp_path):
@@ -1641,8 +1625,8 @@ def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(train, t
 
 
 def test_what_cannot_be_drawn_does_not_stop_training(train, tmp_path, monkeypatch, capsys):
-    write_rows(tmp_path / "text.parquet", *[dict(images=[])] * 4)
     # rows without a picture, from which the image tower alone learns nothing
+    write_rows(tmp_path / "text.parquet", *[dict(images=[])] * 4)
     flags = "--eval_steps 1 --freeze llm --max_steps 2 --data".split()
     train(tmp_path / "run", *flags, tmp_path / "text.parquet")
     assert same_weights(tmp_path / "run/checkpoint-1", tmp_path / "run/final")
@@ -2010,9 +1994,9 @@ def test_a_second_start_grades_anew_and_comparing_takes_files(evaluate, tmp_path
     for mode, right in ("base-reasoning", [0, 1, 0, 0, 0]), ("base-direct", [0, 0, 1, 0, 0]):
         assert verdicts(eval_cvbench.with_verdicts(r | dict(mode=mode), strict=True) for r in records) == right
     a, b, c = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"
-    graded = lambda r, right: r | {"answers": [r["answers"][0] | {"correct": right}]}
-    eval_cvbench.write_jsonl(a, [graded(r, r["id"] == 1) for r in records])
-    eval_cvbench.write_jsonl(b, [graded(r, r["id"] > 1) for r in records[1:]])
+    judged = lambda r, right: r | {"answers": [r["answers"][0] | {"correct": right}]}
+    eval_cvbench.write_jsonl(a, [judged(r, r["id"] == 1) for r in records])
+    eval_cvbench.write_jsonl(b, [judged(r, r["id"] > 1) for r in records[1:]])
     eval_cvbench.write_jsonl(c, [r | {"question": "?"} for r in jsonl(b)])
     capsys.readouterr()
     eval_cvbench.main(["--compare", str(a), str(b)])
@@ -2096,19 +2080,18 @@ FAULTS = [  # in a row of CV-Bench's, and words of the sentence
 def test_evaluation_data_with_faults_stops(cvbench, evaluate, tmp_path):
     table, cases = pq.read_table(cvbench / "test_2d.parquet"), {}
     good, bad, *_ = table.to_pylist()
-    for number, (fault, words) in enumerate(FAULTS):
+    faulty = [(pa.Table.from_pylist([bad | fault]), f"row 0 {words}") for fault, words in FAULTS]
+    faulty += [(table.drop_columns(["prompt"]), "'prompt'"), (table.slice(0, 0), "no rows")]
+    for number, (rows, words) in enumerate(faulty):
         path = tmp_path / f"{number}.parquet"
-        pq.write_table(pa.Table.from_pylist([bad | fault]), path)
-        cases[f"--data {path}"] = f"{path}, row 0 {words}"
-    pq.write_table(table.drop_columns(["prompt"]), tmp_path / "less.parquet")
-    pq.write_table(table.slice(0, 0), tmp_path / "none.parquet")
+        pq.write_table(rows, path)
+        cases[f"--data {path}"] = f"{path} {words}"
     write_rows(tmp_path / "own.parquet", dict(answer=""), {})
     all_stop(lambda flags: evaluate(tmp_path / "results", *flags), cases | {
         "--modes instruct-direct": "--modes instruct-direct base-reasoning base-direct",
         "--temperature -1": "--temperature", "--limit 0": "--limit", "--num_generations 5": "5 --temperature",
-        f"--data {tmp_path}/none.parquet": "none.parquet no rows", f"--data {tmp_path}/own.parquet": "row 0 answer",
-        f"--data {g.TOY}": "toy training data test.parquet", f"--output_dir {path}/x": "--output_dir written",
-        f"--data {tmp_path}/less.parquet": "less.parquet 'prompt'", "--data no/such/file": "no/such/file"})
+        f"--data {tmp_path}/own.parquet": "own.parquet, row 0 answer", "--data no/such/file": "no/such/file",
+        f"--data {g.TOY}": "toy training data test.parquet", f"--output_dir {path}/x": "--output_dir written"})
     assert not list((tmp_path / "results").rglob("answers*"))  # before the first answer
     numbers, image = dict(choices=[3, 4], answer="(B)", task=7), dict(bytes=ONE, path=None)
     rows = [bad | numbers | dict(image=[image] * 2), good | numbers | dict(image=[image])]
