@@ -1561,7 +1561,7 @@ def test_a_run_that_was_stopped_and_killed_ends_as_if_it_had_not_been(train, sma
     assert interrupt(signal.SIGKILL, "--resume")[1] == -signal.SIGKILL and not (folder / "final").exists()
     (folder / "checkpoint-14.tmp/stale").mkdir(parents=True)  # what a run leaves that is killed while it saves
     (folder / "metrics.jsonl").open("a").write('{"step": 99, "half a li')
-    for steps in "14", "14", "13":  # a run that is complete stays as it is
+    for steps in "14", "13":  # a run that is complete stays as it is
         recipes.main(["--resume", "--output_dir", str(folder), "--save_total_limit", "2", "--max_steps", steps])
         assert same_run(tmp_path / "whole", folder)
     assert [path.name for path in g.checkpoints(folder)] == ["checkpoint-12", "checkpoint-14"]
@@ -1722,7 +1722,7 @@ def first_moments(checkpoint, file):
 def test_two_processes_with_sharded_weights_equal_one_however_they_are_started(family, worlds, small_run, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     flags = f"""--rewards accuracy,format,mine --max_completion_length 8 --score_tokens 30 --max_pixels 20000
-        --prompt base --model_name_or_path {worlds[family].folder}""".split()
+        --max_steps 2 --prompt base --model_name_or_path {worlds[family].folder}""".split()
     start = lambda name, launcher, *more: starting(launcher, tmp_path / "worker.py", *small_run, *flags,
                                                    "--output_dir", tmp_path / name, *more)
     one, two, offloaded, machines = (tmp_path / name for name in ("one", "two", "offloaded", "machines"))
@@ -1743,7 +1743,7 @@ def test_two_processes_with_sharded_weights_equal_one_however_they_are_started(f
     assert all(x == pytest.approx(y, rel=1e-6, abs=1e-9) for x, y in zip(*metrics, strict=True))
     before = weights_of(worlds[family].folder)
     error = lambda found, x: ((found - x).norm() / x.norm()).item()
-    for name in "checkpoint-1", "checkpoint-2", "checkpoint-3":
+    for name in "checkpoint-1", "checkpoint-2":
         x, y = weights_of(one / name), weights_of(two / name)
         assert x.keys() == y.keys() == before.keys()
         assert all(error(y[part], x[part]) < 1e-6 < 1e-5 < error(before[part], x[part]) for part in x)
