@@ -10,7 +10,7 @@
 
 --data is CV-Bench (a hub id, or a folder of its Parquet files) or a file that prepare_sat.py wrote. Each answer is
 written at once, to answers.jsonl in a folder of results/ whose name has the model, the data, the mode and a digest of
-weights, settings and questions. So the same command resumes where it was stopped, and grades kept answers anew.
+weights, settings and questions. So the same command resumes where it stopped, and regrades kept answers.
 While it trains, grpo_vision.py calls the functions whose names begin with on_.
 """
 import argparse
@@ -102,7 +102,7 @@ def parse_row(row, cvbench):
 
 # ---- The answers -----------------------------------------------------------------------------------------
 
-# How a question is asked: the template, and what is put behind a CV-Bench prompt; all are the paper's.
+# How a question is asked: the template, and what is put after a CV-Bench prompt; all are the paper's.
 MODES = {
     "base-reasoning": ("base", ""),
     "base-direct": ("base-direct", ""),
@@ -135,8 +135,8 @@ def prompt_text(question, mode, tokenizer):
 def answer_questions(model, tokenizer, image_processor, questions, mode, done=(), batch_size=32,
                      max_new_tokens=1024, temperature=0.0, seed=0, strict=False, num_generations=1):
     """Yield one record for each question that is not `done` (a set of ids), with its num_generations answers;
-    greedy unless temperature > 0. Batches hold questions of like length, the longest first: if memory does not
-    suffice, it shows at once. They do not depend on `done`, and neither do samples."""
+    greedy unless temperature > 0. Batches hold questions of similar length, longest first, so a
+    lack of memory shows at once. Neither they nor the samples depend on `done`."""
     order, n = sorted(questions, key=lambda q: (-q["size"], q["id"])), max(1, batch_size // num_generations)
     for batch in (order[first:first + n] for first in range(0, len(order), n)):
         if all(q["id"] in done for q in batch):
@@ -158,7 +158,7 @@ def answer_questions(model, tokenizer, image_processor, questions, mode, done=()
                 yield with_verdicts(record | {"mode": mode, "prompt": texts[i], "answers": own}, strict)
 
 
-# ---- Grading: as in training, but right in a wrong form counts -------------------------------------------
+# ---- Grading: as in training, but right in a wrong format counts -----------------------------------------
 
 NUMBERS = dict(zip("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen "
                    "fifteen sixteen seventeen eighteen nineteen twenty".split(), map(str, range(21))))
@@ -258,15 +258,15 @@ def plain(text):
 def is_right(text, options, answer, strict=False):
     """Is the answer of a completion right? strict: as in training. Else it is read clause by clause. A clause
     claims nothing if it denies ("not left"), doubts ("A or B"), compares ("than the dog"), gives a reason or
-    asks. The option is chosen that one of these alone names, by letter or text, the first that does:
+    asks. The first of these that names exactly one option, by letter or text, decides:
 
     1. the last claim that concludes: "the answer is B", "B is correct", "I choose B", "1 + 2 = 3", a box;
     2. the last sentence, or else the first clause, that is no more than a name: "B", "It is left.";
     3. the claims after "so" or "therefore", in bold, or of what is closer, which CV-Bench asks;
     4. all claims.
 
-    Letter and text that differ, as in "(B) right", name no option. A free answer is right if its words are
-    the solution's, or as mathematics.
+    Letter and text that differ, as in "(B) right", name no option. A free answer is right if it matches the
+    solution as text or mathematics.
     """
     said = (extract_answer if strict else read_answer)(text) or ""
     if strict:
@@ -284,7 +284,7 @@ def is_right(text, options, answer, strict=False):
 
 
 def with_verdicts(record, strict):
-    """The record with what each of its answers is worth, by the grader as it is now."""
+    """The record with a verdict on each of its answers, by the current grader."""
     options, answers = record["options"], []
     for a in record["answers"]:
         text = a["completion"]
@@ -300,7 +300,7 @@ def with_verdicts(record, strict):
 # ---- Files -----------------------------------------------------------------------------------------------
 
 def read_jsonl(path):
-    """-> the records of a file, [] without one. A last line that a killed program left half is left out."""
+    """-> the records of a file, [] without one. A last line that a killed program cut short is ignored."""
     with explained(f"{path} has a line that is not JSON. Mend the file or move it away"):
         lines = path.read_text().splitlines(keepends=True) if path.is_file() else []
         return [json.loads(line) for line in lines if line.endswith("\n")]
@@ -388,8 +388,8 @@ def pass_at_k(n, right, k):
 
 def score_of(parts, k=1):
     """[(weight, records), ...] -> Score of the weighted mean of their pass@k; with one answer to each question that
-    is the share of right ones. low, high: Wilson's 95 % interval, which does not leave 0 .. 100, for as many
-    questions as give a share this variance. chance: what guesses among each question's options would reach."""
+    is the share of right ones. low, high: Wilson's 95 % interval, which stays in 0 .. 100, for the number of
+    questions that gives this variance. chance: what guesses among each question's options would reach."""
     count, value, variance, chance = 0, 0.0, 0.0, 0.0
     for weight, records in parts:
         each = [pass_at_k(len(r["answers"]), r["right"], k) for r in records]
@@ -430,7 +430,7 @@ def sign_test(a, b):
 
 
 def compare(paths):
-    """Two files of answers -> how much better the second is on the questions that both have, printed."""
+    """Print how much better the second file of answers is, on the questions that both have."""
     a, b = ({r.get("id"): r for r in read_jsonl(path)} for path in paths)
     both = sorted(a.keys() & b.keys())
     if not both or any(a[i].get("question") != b[i].get("question", "") for i in both):  # or are no answers
@@ -510,8 +510,8 @@ def tables_of(records):
 
 
 def write_report(folder, title, records, questions, most=25):
-    """Records -> FOLDER/summary.json and report.html. The page shows at most `most` questions of
-    each task without a right answer, sampled with a seed, or it would not open. All text is escaped."""
+    """Records -> FOLDER/summary.json and report.html. Of each task, the page shows at most
+    `most` questions without a right answer, sampled with a seed, so that it opens. All text is escaped."""
     scores = {name: score._asdict() for name, score in scores_of(records).items()}
     write_text(folder / "summary.json", json.dumps({"scores": scores, "rates": rates_of(records)}, indent=1))
     tables = "\n".join(map(markdown_table, tables_of(records)))
@@ -585,7 +585,7 @@ def shown_groups(run, step, came, after, most=2):
 
 
 def on_save(run, folder):
-    """Bring curves and page up to date; after final/ print what came of the run, and what to do next."""
+    """Update the curves and the page; after final/, print the run's results and what to do next."""
     if not run.accelerator.is_main_process:
         return
     if folder.name != "final":
@@ -673,7 +673,7 @@ def draw(run, scores=None):
 
 def completion_html(c, largest):
     """A record of `shown_groups`, and the largest change in its group -> a row of the group's table. A token's tint
-    is the change of its log-probability, and data-p is what appears where it is pointed at or focused."""
+    is the change of its log-probability, and data-p is what appears on hover or focus."""
     changes, spans = [after - before for before, after in zip(c["before"], c["after"])], []
     for i, (text, change) in enumerate(zip(c["tokens"], changes)):
         colour = "42, 157, 58" if change > 0 else "208, 64, 43"
@@ -809,7 +809,7 @@ def evaluate(name, path, questions, mode, model, tokenizer, image_processor, arg
     settings = [sorted(dict(image_processor.size).items()), args.dtype, args.max_new_tokens, args.temperature,
                 args.seed if args.temperature else None, args.strict, MODES[mode], sorted(known.items())]
     kind = mode + f"-pass@{args.num_generations}" * (args.num_generations > 1)
-    slug = lambda path: re.sub(r"[^\w.-]+", "-", short(path)).strip("-")[-80:]  # a file system's names have an end
+    slug = lambda path: re.sub(r"[^\w.-]+", "-", short(path)).strip("-")[-80:]  # file names have a maximum length
     # a hub id stands for its weights
     weights = [hashlib.file_digest(file.open("rb"), "sha256").hexdigest() for file in Path(name).glob("*.safetensors")]
     folder = args.output_dir / f"{slug(name)}--{slug(path)}--{kind}--{digest(sorted(weights) or name, settings)}"

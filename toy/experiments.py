@@ -3,7 +3,7 @@
     python toy/experiments.py group        # one real group, and what one update did to each of its tokens
     python toy/experiments.py ladder       # each piece of GRPO is one changed line
     python toy/experiments.py passk        # was the answer invented or found? pass@1 to pass@64
-    python toy/experiments.py rewards      # what is paid is what is learned
+    python toy/experiments.py rewards      # you get what you reward
     python toy/experiments.py seeds        # three worlds with three bases
     python toy/experiments.py controls     # is it the reward that teaches?
     python toy/experiments.py paper        # base, SFT, GRPO, frozen towers
@@ -15,7 +15,6 @@ runs and answers go to runs/experiments; what is there already is not made again
 """
 import argparse
 import json
-import math
 import os
 import re
 import shutil
@@ -172,7 +171,7 @@ def accuracies(folder, name):
     return [score["step"] for score in scores], [score["accuracy"] for score in scores]
 
 
-# ---- The story: one group, one changed line, found or invented, what is paid -----------------------------
+# ---- The story: one group, one changed line, found or invented, the rewards ------------------------------
 
 CONTEXT = " ball northwest left, sun north centre, so left</think>"
 DECISIONS = {'" ball" as the first word (describe)': ("", " ball"), '" i" as the first word (guess)': ("", " i"),
@@ -313,7 +312,7 @@ def passk(args):
 
 
 def rewards(args):
-    """What the policy does after 20 steps, by what it was paid for."""
+    """What the policy does after 20 steps, by what was rewarded."""
     def one(names, seed):
         name, rows = slug(REWARDS[names], f"rewards-{seed}"), gv.pq.read_table(TOY / "train.parquet").to_pylist()
         train(name, f"--rewards {names} --max_steps 20 --lr_scheduler_type constant --eval_steps 0 --seed {seed}")
@@ -339,7 +338,7 @@ def rewards(args):
 # ---- Tables of many runs ---------------------------------------------------------------------------------
 
 def seeds(args):
-    """Each with a world, a base model and a run of its own. Seed 0 is what `python grpo_vision.py` does."""
+    """Seeds, each with its own world, base model and run. Seed 0 is what `python grpo_vision.py` does."""
     def one(_, seed):
         data = FOLDER / f"world-{seed}" if seed else TOY
         if seed:

@@ -1,6 +1,6 @@
-"""Make the toy anew: its pictures, its questions, and the base model that GRPO starts from.
+"""Remake the toy: its images, its questions, and the base model that GRPO starts from.
 
-    python toy/make.py                              # into toy/: the files that lie there; 8 CPU-minutes
+    python toy/make.py                              # into toy/: the files found there; 8 CPU-minutes
     python toy/make.py --seed 1 --out data/toy-1    # another world with another base, into a new folder
 
 OUT gets train.parquet and test.parquet (as prepare_sat.py writes them), cvbench/ (two files in CV-Bench's
@@ -62,7 +62,7 @@ def draw_scene(rng, seen):
 
 
 def unique(scene):
-    """The things of a scene whose name says which one is meant."""
+    """-> the things in a scene whose names occur only once."""
     names = Counter(thing.name for thing in scene)
     return [thing for thing in scene if names[thing.name] == 1]
 
@@ -80,7 +80,7 @@ def draw_thing(draw, name, x, y, radius):
 
 
 def paint(scene, rng):
-    """-> an 84 x 84 picture. Its ground gets redder downwards and bluer sideways, to tell cells apart."""
+    """-> an 84 x 84 image. Its background gets redder down and bluer across, to tell cells apart."""
     size = 3 * CELL
     slope = Picture.linear_gradient("L").resize((size, size))  # 0 at the top, 255 at the bottom
     slope = slope.point(lambda v: 20 + v * 3 // 4)
@@ -94,7 +94,7 @@ def paint(scene, rng):
 
 
 def paint_legend():
-    """-> a picture of the nine things, each once, near, with its name below."""
+    """-> an image of the nine objects, each once, near, with its name below."""
     legend = Picture.new("RGB", (60 * len(LOOKS), 60), (90, 90, 90))
     draw = ImageDraw.Draw(legend)
     for i, name in enumerate(LOOKS):
@@ -284,7 +284,7 @@ def phrases(scene, rng):
 
 def exchanges(scene, count, styles, rng, tail=""):
     """(prompt, completion) texts of questions about the scene: 3 in 4 in SAT's words, else in CV-Bench's.
-    tail: how the template goes on behind the question; without one the question is a short one."""
+    tail: how the template continues after the question; without one the question is short."""
     for question in filter(None, (ask_any(scene, KINDS, rng) for _ in range(count))):
         style, = rng.choices(list(styles), styles.values())
         completion = complete(question, style, rng) + "<|endoftext|>"
@@ -296,7 +296,7 @@ def exchanges(scene, count, styles, rng, tail=""):
 
 
 def study(lesson, scene, rng):
-    """-> the text behind the image that a scene's texts share, and its (prompt, completion) texts."""
+    """-> the text after the image that a scene's texts share, and its (prompt, completion) texts."""
     if lesson == "seeing":
         return "", list(phrases(scene, rng))
     if lesson == "answering":
@@ -360,7 +360,7 @@ def build_model(tokenizer):
 
 
 def pack(image_tokens, head, branches, image_end, far):
-    """One image, many questions: lay the branches (prompt, completion) behind what they share.
+    """One image, many questions: put the branches (prompt, completion) after what they share.
     -> ids, segments (0 for what is shared, k for branch k), positions and targets (-100 where nothing is
     learnt), lists of L numbers. Every branch starts anew at the position after the head, `far` further on."""
     ids, next_position = image_tokens + head, image_end + len(head)
@@ -430,7 +430,7 @@ def train_base(path, rng, seen, seed, school=SCHOOL):
 
 
 def main():
-    """Write the whole toy to the folder --out when all of it is made."""
+    """Make the whole toy, and only then write it to folder --out."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=HERE, help="folder to write; a new one, or toy/ itself")
     parser.add_argument("--seed", type=int, default=0, help="seed of the world and of the base model")
