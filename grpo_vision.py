@@ -34,7 +34,7 @@ A group shares its image and prompt. Sampling, reference and update each encode 
 Tensor lines end in their shape: # (N, C). `cfg` holds the settings (`Config`), and `run` what `setup` makes
 of them: data, models (`build_models`), optimizer. policy(f, x) is f(model, x), within FSDP's hooks.
 
-    python grpo_vision.py                                             # the toy: a laptop, offline, 2 to 3 minutes
+    python grpo_vision.py                                             # the toy: a laptop, offline, 3 minutes
     python grpo_vision.py --preset sat                                # Qwen2-VL-2B on SAT, on one GPU
     accelerate launch --num_processes 8 grpo_vision.py --preset sat   # the same, sharded over eight GPUs
 """
