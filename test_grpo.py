@@ -299,6 +299,13 @@ def weights_of(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
+def edit_weights(folder, edit):
+    """edit(weights by name) changes the weights that lie in a folder."""
+    weights = weights_of(folder)
+    edit(weights)
+    save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+
+
 def same_weights(one, other):
     one, other = weights_of(one), weights_of(other)
     assert one.keys() == other.keys()
@@ -444,10 +451,10 @@ ANSWERS = {
         "left": ["So it is left.", "(b) left", "(A) is wrong, so (B)", "It’s left, it isn’t right.", "B, not A",
                  "(B), because what is on the right is the table", "left-hand side", "left (not right)", "b",
                  "Not right but left.", "left instead of right", "**B** is correct", "The right answer is left.",
-                 "Right? No, left.", "I'd choose (B).", "Left. The table is right.", "# Answer\nB",
+                 "Right? No, left.", "I'd choose (B).", "I choose B", "B is correct.", "Therefore, B", "Left. The table is right.", "# Answer\nB",
                  "Answer: A ... wait ... the final answer is B", "(A) right (B) left\nIt stands left.",
                  "Since right is taken, the answer is left.", "The table is on the right.\n\n(B)"],
-        "": ["Either left or right.", "It is leftmost", "(b) right", "B or A", "<answer>le ft</answer>",
+        "": ["Either left or right.", "It can't be left", "It is leftmost", "(b) right", "B or A", "<answer>le ft</answer>",
              "It is not left.", "It isn't (B)", "Option B is incorrect", "C", "The answer is not B.",
              "left and right", "We can rule out B.", "It might be left.", "Is it left?",
              "There is no lamp on the left.", "left, possibly right", "Not (B)."]},
@@ -466,7 +473,7 @@ ANSWERS = {
     "x/A/B": {"x": ["x", "(A)"], "A": ["A."], "B": ["The answer is B", "(C)"]},  # an option's text goes before
     "car/bus/truck/van": {
         "truck": ["It is not the car, the bus or the van, it's the truck.", "A, B and D are wrong, so C."],
-        "": ["A, C", "vans", "E", "a car, a van"]},
+        "": ["A, C", "(A, C)", "vans", "E", "a car, a van"]},
     "(/\\/[a-z": {"\\": ["It is \\ there."], "(": ["("], "": ["It is ( or \\", "²", "\0", "é" * 500]}}
 ANSWERS_IN_TRAINING = {"2/3/4": {"4": ["<answer>(C)</answer>", "<answer> c. </answer>", "<answer>4</answer>",
                                        "<answer>Final Answer: C</answer>"]},
@@ -1067,7 +1074,8 @@ FOUR = ["one", "two", "three", "four"]
 READINGS = [
     (["two", " Two "], ["one", "two"], "", ["two", "two"]),
     (["B", "(b)", "A.", "[B]", "Option A", "$B$"], ["one", "two"], "", "two two one two one two".split()),
-    (["1", "2", "3", "4", "5"], FOUR, "", [*FOUR, None]),
+    ([1, 2, 3, 4], FOUR, "", FOUR), (["1", "2", "3", "4", "5"], FOUR, "", [*FOUR, None]),
+    (["1", "2", "3"], FOUR, "", None), (["2"], ["1", "2", "3"], "", ["2"]),
     (["0", "1", "2", "3"], FOUR, "", FOUR), ([0, 1.0, 4], FOUR, "", ["one", "two", None]),
     ([1, 2, 3], FOUR, "", None), ([1, 2], FOUR, "index1", FOUR[:2]), ([1, 2], FOUR, "index0", ["two", "three"]),
     ([2, 3.0, 5], [2, 3, 5.0], "", ["2", "3", "5"]), ([1, 2], ["1", "2", "3"], "", None),  # as text or as an index?
@@ -1384,12 +1392,23 @@ BROKEN_MODELS = [  # a file of a model, what is changed in its JSON, or its text
     ("config.json", dict(model_type="mine"), "cannot load"), ("config.json", '{"model_type": "qwen', "cannot load"),
     ("tokenizer.json", None, "tokenizer"), ("preprocessor_config.json", None, "image processor"),
     ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "cannot load"),
-    ("config.json", dict(quantization_config=dict(quant_method="fp8")), "quantised bf16"),
+    *[("config.json", dict(quantization_config=dict(quant_method=how)), "quantised bf16") for how in (
+        "fp8", "awq", "gptq", "bitsandbytes")], ("model.safetensors", None, "cannot load"),
     ("config.json", dict(use_sliding_window=True, sliding_window=9), "sliding window"),
     ("adapter_config.json", "{}", "adapter Merge"), ("config.json", dict(intermediate_size=96), "cannot load"),
     ("config.json", dict(num_hidden_layers=2), "disagree layers.2"),
     ("config.json", dict(num_hidden_layers=4), "disagree layers.3"),
     ("config.json", dict(image_token_id=5), "disagree image_pad")]
+
+
+def test_a_head_of_its_own_is_trained_and_saved_whatever_config_json_says(world, train, tmp_path):
+    folder = shutil.copytree(world.folder, tmp_path / "model")
+    own = 1.5 * weights_of(folder)["model.embed_tokens.weight"]
+    edit_weights(folder, lambda weights: weights.update({"lm_head.weight": own}))
+    train(tmp_path / "run", "--model_name_or_path", folder, "--max_steps", 1)
+    config = json.loads((tmp_path / "run/final/config.json").read_text())
+    head = weights_of(tmp_path / "run/final")["lm_head.weight"]
+    assert config["tie_word_embeddings"] is False and 0 < (head - own).abs().max() < 0.1
 
 
 @pytest.mark.parametrize("file, change, words", BROKEN_MODELS)
@@ -2088,6 +2107,7 @@ FAULTS = [  # in a row of CV-Bench's, and words of the sentence
     (dict(image=dict(bytes=NO_JPEG, path=None)), "read"), (dict(image=None), "image"), (dict(answer=1), "answer 1"),
     (dict(image=dict(bytes=None, path="none.jpg")), "none.jpg"), (dict(answer="(D)"), "answer '(D)'"),
     (dict(answer=None), "answer None"), (dict(answer="B"), "answer 'B'"), (dict(choices=[]), "answer"),
+    (dict(answer=7.5), "answer 7.5"), (dict(answer=""), "answer ''"), (dict(choices=["3", None]), "option"),
     (dict(choices=["3", " "]), "option"), (dict(choices="['3', '4']"), "no list"), (dict(prompt=None), "question")]
 
 
