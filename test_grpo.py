@@ -120,9 +120,8 @@ def picture(width, height, seed=0):
     return Image.frombytes("RGB", (width, height), random.Random(seed).randbytes(3 * width * height))
 
 
-def changed(prompts, **more):
-    """The same pass, but for what is given."""
-    return SimpleNamespace(**vars(prompts) | more)
+def changed(namespace, **more):
+    return SimpleNamespace(**vars(namespace) | more)
 
 
 ENDS = list(range(40, 80))  # so many end tokens that a random model's completions get unequal lengths
@@ -416,7 +415,8 @@ OPTIONS = ["right", "left", "no, it would stay the same", "15", "no"]
 THINK, ANSWER = "<think> hm </think>", "<answer> left </answer>"
 # (is it well formed, is it right, where left is right) -> completions
 COMPLETIONS = {
-    (1, 1): [f"{THINK} {ANSWER}", "<think></think><answer>(B)</answer>", f"{THINK}\n<answer>\nleft\n</answer>\n"],
+    (1, 1): [f"{THINK} {ANSWER}", *[f"<think></think><answer>{text}</answer>" for text in (
+        "(B)", " b. ", "Left.", "Final Answer: B", "\nleft\n")]],
     (1, 0): [f"{THINK} <answer> right </answer>", f"{THINK} <answer> ... </answer>"],
     (0, 0): [f"{THINK} {ANSWER} {ANSWER}", f"{THINK} <answer> {ANSWER}", f"{THINK} <answer> left",
              f"{THINK} <Answer> left </Answer>", f"{THINK} <answer> </answer>", "<think> hm left </answer>", ""],
@@ -429,8 +429,10 @@ def test_rewards_of_completions():
     for (form, right), text in ((key, text) for key, texts in COMPLETIONS.items() for text in texts):
         assert g.format_reward(text, **row) == form and g.accuracy_reward(text, **row) == right, text
         assert recipes.hard_reward(text, **row) == form * right and g.REWARDS["length"](text, **row) == 0.007
+        assert eval_cvbench.is_right(text, OPTIONS, "left", strict=True) == right
     assert g.accuracy_reward("Left.", template="base-direct", **row) == 1
     assert g.accuracy_reward("Left.", **row) == 0
+    assert g.choose("B", ["x", "A", "B"]) == "B" and g.choose("A", ["x", "y"]) == "x"  # text before letter
 
 
 # options -> {the one that a reply chooses in evaluation, or none: replies}
@@ -475,9 +477,6 @@ ANSWERS = {
         "truck": ["It is not the car, the bus or the van, it's the truck.", "A, B and D are wrong, so C."],
         "": ["A, C", "(A, C)", "vans", "E", "a car, a van"]},
     "(/\\/[a-z": {"\\": ["It is \\ there."], "(": ["("], "": ["It is ( or \\", "²", "\0", "é" * 500]}}
-ANSWERS_IN_TRAINING = {"2/3/4": {"4": ["<answer>(C)</answer>", "<answer> c. </answer>", "<answer>4</answer>",
-                                       "<answer>Final Answer: C</answer>"]},
-                       "right/left": {"left": ["<answer>Left.</answer>"]}}
 # a free answer -> replies that are right, and replies that are not
 FREE_ANSWERS = {
     "yes": (["Yes, it is.", "**Yes**", "The answer is yes."], ["No, it is not.", "yes or no", "A"]),
@@ -489,23 +488,19 @@ FREE_ANSWERS = {
 
 def test_the_table_of_answers():
     forms, n = ["{}", "<answer> {} </answer>", "<think> It is 2, so A. </think>\n{}"], 0
-    for table, in_training in (ANSWERS, False), (ANSWERS_IN_TRAINING, True):
-        for names, expected, text in ((names, expected, text) for names, chosen in table.items()
-                                      for expected, texts in chosen.items() for text in texts):
-            options, n = names.split("/"), n + 1
-            for form in forms[:1] if "<" in text or not text else forms:
-                reply = form.replace("{}", text)
-                said = eval_cvbench.read_answer(reply)
-                assert eval_cvbench.read_choice(said, options) == (expected or None), reply
-                right = [name for name in options if eval_cvbench.is_right(reply, options, name)]
-                assert right == [expected] * bool(expected), reply
-            right = [name for name in options if eval_cvbench.is_right(text, options, name, strict=True)]
-            assert right == [expected] * in_training, text
+    for names, expected, text in ((names, expected, text) for names, chosen in ANSWERS.items()
+                                  for expected, texts in chosen.items() for text in texts):
+        options, n = names.split("/"), n + 1
+        for reply in forms[:1] if "<" in text or not text else forms:
+            reply = reply.replace("{}", text)
+            said = eval_cvbench.read_answer(reply)
+            assert eval_cvbench.read_choice(said, options) == (expected or None), reply
+            right = [name for name in options if eval_cvbench.is_right(reply, options, name)]
+            assert right == [expected] * bool(expected), reply
     assert n >= 120
     for answer, replies in FREE_ANSWERS.items():
         for right, text in ((not wrong, text) for wrong, texts in enumerate(replies) for text in texts):
             assert eval_cvbench.is_right(text, [], answer) == right, (answer, text)
-    assert g.choose("B", ["x", "A", "B"]) == "B" and g.choose("A", ["x", "y"]) == "x"  # text before letter
 
 
 # solution = answer block or text; where "!=" stands they are not equal
@@ -652,19 +647,6 @@ def test_each_process_and_step_draws_for_itself(world):
     assert drawn(0, 0) == drawn(0, 0) and len({*map(tuple, (drawn(0, 0), drawn(1, 0), drawn(0, 1)))}) == 3
 
 
-def test_chunks_hold_every_row_once_within_the_budget(world):
-    for number in range(50):
-        lengths = torch.randint(1, 31, (12,), generator=seed(number))
-        rollout = SimpleNamespace(completion_ids=torch.zeros(12, 30), lengths=lengths,
-                                  completion_mask=torch.arange(30) < lengths[:, None])
-        cfg = g.Config(num_generations=3, score_tokens=2 * number + 1)
-        found = [(prompts.first, *chunk) for prompts in world.two_passes for chunk in g.chunks(prompts, rollout, cfg)]
-        for first, rows, group, _, mask in found:
-            assert len(rows) == 1 or len(rows) * lengths[rows].max() <= cfg.score_tokens
-            assert (group + first == rows // 3).all() and (mask.sum(1) == lengths[rows]).all()
-        assert sorted(torch.cat([rows for _, rows, *_ in found]).tolist()) == list(range(12))
-
-
 # ---- Step 6: the loss and the update ---------------------------------------------------------------------
 
 def test_grpo_loss_by_hand():
@@ -684,32 +666,25 @@ def test_grpo_loss_by_hand():
 
 
 def test_the_gradient_of_k3_is_that_of_the_other_kl():
-    """Its mean value over samples of pi is KL(pi || pi_ref). The mean of its gradient is that of KL(pi_ref || pi);
-    times the ratio, which is 1, it would be that of KL(pi || pi_ref)."""
     logits = torch.tensor([0.3, -1.2, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
-    ref = torch.tensor([-0.5, 0.4, 0.2, 1.0]).double().log_softmax(0)
-    logps = logits.log_softmax(0)
-    pi, zeros, mask = logps.exp().detach(), torch.zeros(4).double(), torch.ones(4, 1).bool()
+    logps, ref = logits.log_softmax(0), torch.tensor([-0.5, 0.4, 0.2, 1.0]).double().log_softmax(0)
+    pi, zeros, mask = logps.exp(), torch.zeros(4).double(), torch.ones(4, 1).bool()
     # each possible token is a completion, with its probability as weight
-    k3, kl, _ = g.grpo_loss(logps[:, None], logps.detach()[:, None], ref[:, None], zeros, pi, mask, 0.2, None, 1.0)
-    forward, reverse = (pi * (logps - ref)).sum(), (ref.exp() * (ref - logps)).sum()
-    grad = lambda loss: torch.autograd.grad(loss, logits, retain_graph=True)[0]
-    exact = grad((logps.exp() * (logps - ref)).sum())
-    assert k3.item() == pytest.approx(forward.item(), abs=1e-12)
-    assert torch.allclose(grad(k3), grad(reverse), atol=1e-12) and not torch.allclose(grad(k3), exact, atol=0.05)
-    weighted = (pi * (logps - logps.detach()).exp() * (torch.expm1(ref - logps) - (ref - logps))).sum()
-    assert torch.allclose(grad(weighted), exact, atol=1e-12)
+    k3, *_ = g.grpo_loss(logps[:, None], logps.detach()[:, None], ref[:, None], zeros, pi.detach(), mask, 0.2, None, 1)
+    kl, other = (pi * (logps - ref)).sum(), (ref.exp() * (ref - logps)).sum()  # of pi from ref; of ref from pi
+    gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (k3, kl, other)]
+    assert k3.item() == pytest.approx(kl.item(), abs=1e-12)
+    assert torch.allclose(gradients[0], gradients[2], atol=1e-12) and not torch.allclose(*gradients[:2], atol=0.05)
 
 
 def test_the_group_worked_in_the_readme():
     section = (g.HERE / "README.md").read_text().split("### One real group")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(.*)` \| (\d) \| (\d) \| (\d) \| (.*) \|$", section, re.MULTILINE)
-    texts, accuracy, form, R, A = zip(*rows)
+    texts, *numbers, A = zip(*rows)
     rewards = rewarded("accuracy,format", [f"<think> {text}" for text in texts], options=["left", "right"])
-    assert [rewards["accuracy"].tolist(), rewards["format"].tolist()] == [[*map(float, accuracy)], [*map(float, form)]]
-    R = torch.tensor([*map(float, R)])
-    assert len(R) == 8 and torch.equal(R, sum(rewards.values()))
-    assert [f"{x:+.2f}" for x in g.group_advantages(R, 8)] == [*A]
+    R = sum(rewards.values())
+    assert [[*map(float, column)] for column in numbers] == [x.tolist() for x in (*rewards.values(), R)]
+    assert len(R) == 8 and [f"{x:+.2f}" for x in g.group_advantages(R, 8)] == [*A]
     assert f"mean is {R.mean():g} " in section and f"{R.std():.4f}" in section
     cases = re.findall(r"^\| (-?\d[.\d]*) \| ([.\d]+) \| .*? \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", section, re.MULTILINE)
     assert len(cases) == 4
@@ -718,8 +693,8 @@ def test_the_group_worked_in_the_readme():
         one, mask = torch.ones(1), torch.ones(1, 1).bool()
         loss, _, is_clipped = g.grpo_loss(logps, torch.zeros(1, 1), None, A, one, mask, 0.2, None, 0)
         loss.backward()
-        bound = A.item() * min(max(float(ratio), 0.8), 1.2)
-        assert [f"{A.item() * float(ratio):.2f}", f"{bound:.2f}", f"{loss.item():.2f}"] == [plain, clipped, expected]
+        products = [A.item() * x for x in (float(ratio), min(max(float(ratio), 0.8), 1.2))]
+        assert [f"{x:.2f}" for x in (*products, loss.item())] == [plain, clipped, expected]
         push = {0.0: "stops", -1.0: "pushes it up", 1.0: "pushes it down"}[logps.grad.sign().item()]
         assert push == effect and is_clipped.item() == (push == "stops")
 
@@ -741,8 +716,9 @@ def test_scores_and_gradients_equal_those_of_the_stock_model(family, frozen, wor
     world, rollout, one_pass = worlds[family], worlds[family].rollout, worlds[family].pass_
     cfg = g.Config(num_generations=G, score_tokens=30, beta=0.3, epsilon=0.2, epsilon_high=0.28,
                    temperature=0.7, gradient_checkpointing=False)
-    groups = [group.unique().numel() for _, group, _, _ in g.chunks(one_pass, rollout, cfg)]
-    assert max(groups) > 1 and len(groups) > 1  # rows of several groups in one chunk
+    found = [(mask, group) for _, group, _, mask in g.chunks(one_pass, rollout, cfg)]
+    assert all(len(mask) == 1 or mask.numel() <= 30 for mask, _ in found) and len(found) > 1
+    assert max(group.unique().numel() for _, group in found) > 1  # rows of several groups in one chunk
     torch.manual_seed(0)
     old, ref = rollout.sampling_logps + 0.3 * torch.randn(2, *rollout.completion_ids.shape).double()
     advantages, loss, entropy, clips = torch.linspace(-2, 3, 12).double(), 0.0, 0.0, 0
@@ -789,17 +765,18 @@ def test_the_readmes_naive_step_has_the_gradients_of_train_step(world, small_run
         for model, own in zip(models, (run.master, run.reference)):
             g.refresh(model, own.double())
             model.suppressed = world.model.suppressed
-        gradients, prompts = [], []
+        gradients = []
         keep = lambda model: gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
         hook = run.optimizer.register_step_pre_hook(lambda *_: keep(run.master))
         came = g.train_step(run, cfg, number)
         hook.remove()
-        for text, images in zip(came.batch.texts, came.batch.images):
-            prompt = g.build_prompts([text], [images], run.tokenizer, run.image_processor, world.model)
-            prompts.append({name: getattr(prompt, name) for name in ("input_ids", "pixel_values", "image_grid_thw")})
+        prompts = [vars(g.build_prompts([text], [images], run.tokenizer, run.image_processor, world.model))
+                   for text, images in zip(came.batch.texts, came.batch.images)]
+        prompts = [{name: prompt[name] for name in ("input_ids", "pixel_values", "image_grid_thw")}
+                   for prompt in prompts]
         optimizer = SimpleNamespace(step=lambda: keep(policy), zero_grad=policy.zero_grad)
         for beta in cfg.beta, 0.0:
-            drawn = (ids[mask] for ids, mask in zip(came.rollout.completion_ids, came.rollout.completion_mask))
+            drawn = (ids for _, _, ids in world.rows(came.rollout))
             R = iter(sum(came.rewards.values()).tolist())
             readme["naive_step"](policy, reference, optimizer, prompts, lambda *_: next(drawn), lambda *_: next(R),
                                  cfg.num_generations, beta)
@@ -812,26 +789,24 @@ def test_the_readmes_naive_step_has_the_gradients_of_train_step(world, small_run
 
 def test_sft_is_cross_entropy(world):
     """Advantage 1 on given completions: the same gradient as the usual loss on the answers' tokens."""
-    chain = "<think> it is a square </think> <answer> C </answer>"
+    chain, end = "<think> it is a square </think> <answer> C </answer>", world.tokenizer.eos_token_id
     batch = SimpleNamespace(rows=[dict(answer="left"), dict(answer="C", completion=chain)],
                             texts=[world.texts[2], world.texts[1]])
     run = SimpleNamespace(tokenizer=world.tokenizer, sampler=world.model)
     cfg = recipes.Config(algorithm="sft", num_generations=1, beta=0.0, loss_type="dapo", score_tokens=9)
-    rollout, end = recipes.given_completions(run, cfg, batch), world.tokenizer.eos_token_id
+    rollout = recipes.given_completions(run, cfg, batch)
     texts = "left", chain.removeprefix("<think>")  # which is in the prompt already
-    targets = [world.tokenizer(text).input_ids + [end] for text in texts]
-    assert [ids.tolist() for _, _, ids in world.rows(rollout, 1)] == targets and rollout.finished.all()
+    targets = [torch.tensor(world.tokenizer(text).input_ids + [end]) for text in texts]
+    assert [*map(len, targets)] == rollout.lengths.tolist() and rollout.finished.all()
     short = recipes.given_completions(run, g.Config(max_completion_length=4), batch)
     assert short.lengths.tolist() == [len(targets[0]), 4] and not short.finished[1]
     rollout.sampling_logps = rollout.sampling_logps.double()
     usual, ones = copy.deepcopy(world.stock), torch.ones(2).double()
     logps, _, ours = world.gradients([world.build([2, 1])], ones, None, None, cfg, rollout)
-    losses = [-world.alone(usual, world.each[i], ids).gather(-1, torch.tensor(ids)[:, None]).sum()
-              for i, ids in zip((2, 1), targets)]
-    assert -logps.sum().item() == pytest.approx(sum(losses).item())
-    (sum(losses) / rollout.completion_mask.sum()).backward()
-    for name, p in usual.named_parameters():
-        assert ((ours[name] - p.grad).norm() / p.grad.norm()) < 1e-9, name
+    nll = -sum(world.alone(usual, world.each[i], ids).gather(-1, ids[:, None]).sum() for i, ids in zip((2, 1), targets))
+    assert -logps.sum().item() == pytest.approx(nll.item())
+    (nll / rollout.completion_mask.sum()).backward()
+    assert all((ours[name] - p.grad).norm() < 1e-9 * p.grad.norm() for name, p in usual.named_parameters())
 
 
 # ---- bf16: what a GPU does, on a CPU ----------------------------------------------------------------------
@@ -842,79 +817,55 @@ def bf16(monkeypatch):
     monkeypatch.setattr(g, "compute_dtype", lambda device: torch.bfloat16)
 
 
-def bf16_models(world, cpu_offload=False):
-    """-> a bf16 model and its float32 weights, as `build_models` makes them."""
-    model, master = (g.Policy(g.load_model(world.folder, world.tokenizer, dtype=dtype))
-                     for dtype in (torch.bfloat16, torch.float32))
-    model.model.eos_ids = ENDS
-    g.sum_gradients(model.model, master, cpu_offload)
-    return model, master
-
-
-def in_float32(rollout):
-    return SimpleNamespace(**vars(rollout) | dict(sampling_logps=rollout.sampling_logps.float()))
-
-
 @pytest.mark.parametrize("cpu_offload", [False, True])
-def test_gradients_of_many_chunks_add_up_in_float32(cpu_offload, world):
-    model, master = bf16_models(world, cpu_offload)
-    twin, parts = bf16_models(world)[0], {}
-
-    def keep(name, weight):  # each backward's gradient
-        parts.setdefault(name, []).append(weight.grad)
-        weight.grad = None
-
-    for name, weight in twin.named_parameters():
-        weight._post_accumulate_grad_hooks.clear()
-        weight.register_post_accumulate_grad_hook(partial(keep, name))
-    cfg, rollout = g.Config(num_generations=G, score_tokens=9), in_float32(world.rollout)
-    weights, A = g.weigh_tokens(rollout.lengths, rollout.finished, cfg).float(), torch.linspace(-2, 3, 12)
-    memory = set()
+def test_gradients_of_many_backwards_add_up_in_float32(cpu_offload):
+    torch.manual_seed(0)
+    master, memory = torch.nn.Linear(40, 30), set()
+    model, alone = (copy.deepcopy(master).bfloat16() for _ in range(2))
+    g.sum_gradients(model, master, cpu_offload)
+    run = SimpleNamespace(master=master, policy=model, sampler=model,
+                          optimizer=torch.optim.SGD(master.parameters(), lr=0))
     for _ in range(2):  # a second time into the same memory
-        for policy in model, twin:
-            g.update(policy, world.two_passes, rollout, A, weights, rollout.sampling_logps, None, cfg)
-        for name, own in master.named_parameters():
-            assert len(parts[name]) >= 2 and own.grad.dtype == torch.float32
-            expected, rounded = sum(part.float() for part in parts[name]), sum(parts[name])
-            assert torch.allclose(own.grad, expected, rtol=1e-6, atol=1e-9), name
-        assert not torch.allclose(own.grad, rounded.float(), rtol=1e-6, atol=1e-9)  # the control: sums in bf16
-        memory |= {own.grad.data_ptr() for own in master.parameters()}
-        g.step_optimizer(SimpleNamespace(master=master, policy=model, sampler=model.model, optimizer=(
-            torch.optim.SGD(master.parameters(), lr=0))), g.Config())
-        assert all((own.grad == 0).all() for own in master.parameters())
-        parts.clear()
-    assert len(memory) == len(list(master.parameters()))
+        parts = []
+        for x in torch.randn(5, 8, 40).bfloat16():
+            for one in model, alone:
+                one(x).square().sum().backward()
+            parts.append(alone.weight.grad)
+            alone.weight.grad = None
+        exact = sum(part.float() for part in parts)
+        assert master.weight.grad.dtype == torch.float32 and model.weight.grad is None
+        assert torch.allclose(master.weight.grad, exact, rtol=1e-6)
+        assert not torch.allclose(sum(parts).float(), exact, rtol=1e-6)  # the control: sums in bf16
+        memory.add(master.weight.grad.data_ptr())
+        g.step_optimizer(run, g.Config())
+        assert (master.weight.grad == 0).all()
+    assert len(memory) == 1
 
 
 def test_what_reaches_the_prompts_adds_up_in_float32(world, monkeypatch):
-    model, _ = bf16_models(world)
+    policy = g.Policy(g.load_model(world.folder, world.tokenizer, dtype=torch.bfloat16))
     cfg, seen, backward = g.Config(num_generations=G, score_tokens=1, beta=0.0), [], torch.autograd.backward
-    monkeypatch.setattr(torch.autograd, "backward", lambda tensors, gradients: (
-        seen.append([x.clone() for x in gradients]) or backward(tensors, gradients)))
-    monkeypatch.setattr(torch.Tensor, "backward", lambda loss: backward(loss))
-    A, rollout = torch.linspace(-2, 3, 12), in_float32(world.rollout)
-    weights = g.weigh_tokens(rollout.lengths, rollout.finished, cfg).float()
+
+    def keep(tensors, gradients, *args, **more):
+        if isinstance(tensors, list):  # the second stage
+            seen.append(gradients)
+        backward(tensors, gradients, *args, **more)
+
+    monkeypatch.setattr(torch.autograd, "backward", keep)
+    rollout = changed(world.rollout, sampling_logps=world.rollout.sampling_logps.float())
     for which in [torch.ones(12), *torch.eye(12)]:  # all completions; each of them alone
-        g.update(model, [world.pass_], rollout, A, weights * which, None, None, cfg)
+        g.update(policy, [world.pass_], rollout, torch.linspace(-2, 3, 12), which / 40, None, None, cfg)
     whole, *alone = seen
     for number, x in enumerate(whole):
         assert torch.equal(x, sum(part[number].float() for part in alone).bfloat16())
     assert not torch.equal(whole[0], sum(part[0] for part in alone))  # the control: sums in bf16
 
 
-def test_what_samples_is_what_is_trained(world, bf16):
-    """What the sampler gave is nearer to the model that is trained than, as is usual, to float32 under autocast."""
-    model, master = bf16_models(world)
-    rollout, cfg = g.sample(model.model, [world.pass_], 8, 9, 1.0, seed(0)), g.Config(num_generations=8)
-    gap = lambda logps: (logps - rollout.sampling_logps)[rollout.completion_mask].abs().mean()
-    ours = gap(g.score_rollout(model, [world.pass_], rollout, cfg))
-    with torch.autocast("cpu", torch.bfloat16):
-        usual = gap(g.score_rollout(master, [world.pass_], rollout, cfg))
-    assert ours < 0.5 * usual
-    accelerator = Mock(device="cpu", prepare=lambda *_: (master, Mock()))  # sharded: gradients are summed in float32
-    g.shard(SimpleNamespace(accelerator=accelerator, master=master, optimizer=None), g.Config())
-    sharded = accelerator.state.fsdp_plugin.mixed_precision_policy
-    assert (sharded.param_dtype, sharded.reduce_dtype) == (torch.bfloat16, torch.float32)
+def test_sharded_gradients_are_summed_in_float32(world, bf16):
+    accelerator, model = Mock(device="cpu", prepare=lambda *_: (None, Mock())), copy.deepcopy(world.model)
+    g.shard(SimpleNamespace(accelerator=accelerator, master=g.Policy(model), optimizer=None), g.Config())
+    precision = accelerator.state.fsdp_plugin.mixed_precision_policy
+    assert (precision.param_dtype, precision.reduce_dtype) == (torch.bfloat16, torch.float32)
 
 
 # Every test up to here is mathematics: `pytest -m quick` runs these.
@@ -923,16 +874,13 @@ for name, function in list(globals().items()):
         pytest.mark.quick(function)
 
 
-# ---- Settings --------------------------------------------------------------------------------------------
-
 def test_settings_and_their_precedence(world, sat):
-    own = f"--model_name_or_path {world.folder} --data {sat} --eval_steps 0 --eval_data {sat}".split()
-    assert g.parse_config([]).learning_rate == g.PRESETS["toy"]["learning_rate"] != g.Config.learning_rate
-    assert g.parse_config(["--learning_rate", "0.5"]).learning_rate == 0.5
-    cfg = g.parse_config([*own, "--max_steps=7", "--preset=sat", "--rewards", "accuracy,format"])
-    assert (cfg.max_steps, cfg.rewards, cfg.learning_rate) == (7, "accuracy,format", 1e-6)
+    own = f"--model_name_or_path {world.folder} --data {sat} --eval_steps 0 --eval_data {sat} --preset=sat".split()
+    for flags, rate in ([], 8e-5), (["--learning_rate", "0.5"], 0.5), ([*own, "--max_steps=7"], 1e-6):
+        assert g.parse_config(flags).learning_rate == rate
+    assert g.parse_config([*own, "--max_steps=7"]).max_steps == 7
     source = "".join(Path(module.__file__).read_text() for module in (g, eval_cvbench))
-    assert all(re.search(rf"\bcfg\.{name}\b", source) for name in vars(cfg))
+    assert all(re.search(rf"\bcfg\.{name}\b", source) for name in vars(g.Config()))
 
 
 def test_bad_settings_stop_with_one_sentence(tmp_path, monkeypatch):
@@ -1726,48 +1674,36 @@ def test_the_same_numbers_go_to_a_tracker(train, tmp_path, monkeypatch):
 
 # ---- One process or many ---------------------------------------------------------------------------------
 
-# grpo_vision.py in float64, its completions drawn prompt by prompt, so that they are the same however the
-# prompts are shared out; those about two images may be longer.
+# grpo_vision.py in float64, with completions that each question has, whichever process draws it
 WORKER = """
-import os, shutil, torch
+import os, torch
 from types import SimpleNamespace
 import grpo_vision as g
 from torch.distributed.tensor import DTensor
 
-load_model, sample, refresh, save = g.load_model, g.sample, g.refresh, g.save
-
-def sample_each(model, passes, G, C, temperature, generator):
-    found = []
+def draw(model, passes, G, C, temperature, generator):
+    ids, lengths = [], []
     for prompts in passes:  # one prompt each: --encode_tokens 1
-        generator = torch.Generator().manual_seed(int(prompts.input_ids.sum()))
-        found.append(sample(model, [prompts], G, C * len(prompts.image_grid_thw), temperature, generator))
-        found[-1].sampling_logps += found[-1].completion_ids / 1000  # a mismatch that is not 0
-        found[-1].finished = found[-1].completion_ids[:, 0] % 2 == 0  # other shares on each process
-    pad = lambda name: torch.nn.utils.rnn.pad_sequence(
-        [row for one in found for row in getattr(one, name)], batch_first=True)
-    return SimpleNamespace(**{name: pad(name) for name in ("completion_ids", "completion_mask", "sampling_logps")},
-                           **{name: torch.cat([getattr(one, name) for one in found])
-                              for name in ("lengths", "finished")})
+        seeded = torch.Generator().manual_seed(int(prompts.input_ids.sum()))
+        ids.append(torch.randint(1, 300, (G, C), generator=seeded))
+        lengths.append(len(prompts.image_grid_thw) * C // 2 - torch.randint(0, 4, (G,), generator=seeded))
+    ids, lengths = torch.cat(ids), torch.cat(lengths)
+    mask = torch.arange(C) < lengths[:, None]
+    return SimpleNamespace(completion_ids=ids, completion_mask=mask, lengths=lengths, finished=ids[:, 0] % 2 == 0,
+                           sampling_logps=-6 * mask.double())
 
 def check_and_refresh(sampler, master):
     sharded = os.environ.get("WORLD_SIZE") == "2"
     assert all(isinstance(weight, DTensor) == sharded for weight in master.parameters())
     refresh(sampler, master)
 
-def save_and_keep(folder, run, **more):  # the first checkpoint's state/, which goes when the second is complete
-    save(folder, run, **more)
-    if folder.name == "checkpoint-1" and run.accelerator.is_main_process:
-        shutil.copytree(folder / "state", run.output_dir / "first")
-
-g.save = save_and_keep
+load_model, refresh = g.load_model, g.refresh
 g.load_model = lambda path, tokenizer, attention, dtype: load_model(path, tokenizer, attention, torch.float64)
 g.compute_dtype = lambda device: torch.float64
-g.sample, g.refresh = sample_each, check_and_refresh
+g.sample, g.refresh = draw, check_and_refresh
 g.REWARDS["mine"] = lambda completion, **_: sum(map(ord, completion)) % 7
 g.main()
 """
-
-
 TORCHRUN = "-m torch.distributed.run --nproc_per_node"
 ONE_MACHINE = f"{TORCHRUN} 2 --standalone"
 
@@ -1787,15 +1723,15 @@ def succeed(*running):
     return said
 
 
-def first_moments(checkpoint, file):
-    dcp_to_torch_save(checkpoint, file)
+def first_moments(run, file):
+    dcp_to_torch_save(run / "checkpoint-2/state", file)
     return {name: state["exp_avg"] for name, state in torch.load(file)["optimizer"]["state"].items()}
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_two_processes_with_sharded_weights_equal_one_however_they_are_started(family, worlds, small_run, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
-    flags = f"""--rewards accuracy,format,mine --max_completion_length 8 --score_tokens 30 --max_pixels 20000
+    flags = f"""--rewards accuracy,format,mine --max_completion_length 8 --score_tokens 18 --max_pixels 20000
         --loss_type dapo --mask_truncated_completions true --prompt base --max_steps 2
         --model_name_or_path {worlds[family].folder}""".split()
     start = lambda name, launcher, *more: starting(launcher, tmp_path / "worker.py", *small_run, *flags,
@@ -1822,12 +1758,11 @@ def test_two_processes_with_sharded_weights_equal_one_however_they_are_started(f
         x, y = weights_of(one / name), weights_of(two / name)
         assert x.keys() == y.keys() == before.keys()
         assert all(error(y[part], x[part]) < 1e-6 < 1e-5 < error(before[part], x[part]) for part in x)
-    # AdamW's first moment after the first step is a tenth of the gradient
-    x, y = (first_moments(run / "first", tmp_path / "state.pt") for run in (one, two))
+    x, y = (first_moments(run, tmp_path / "state.pt") for run in (one, two))  # a mean of the gradients
     assert x.keys() == y.keys() and len(x) >= len(before)
     assert all(error(y[part], x[part]) < 1e-6 for part in x)
-    lengths = [s["length"] > 8 for s in jsonl(two / "completions.jsonl")]
-    assert min(lengths.count(True), lengths.count(False)) > 2  # the processes had unequal numbers of chunks
+    lengths = [s["length"] > 4 for s in jsonl(two / "completions.jsonl")]
+    assert {True, False} == {*lengths}  # about two images, in two chunks; about one, in one
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------
