@@ -262,14 +262,10 @@ def cvbench(tmp_path_factory):
     return folder
 
 
-def letters(completion, source_row, **_):
-    """A reward that a random model can get: the share of small letters in what it wrote. What is added
-    tells by which row it was graded, and is the same for all of a group."""
-    said = completion.removeprefix("<think>")
-    return sum("a" <= c <= "z" for c in said) / max(1, len(said)) + source_row / 1000
-
-
-g.REWARDS["letters"] = letters
+# A reward that a random model can get: the share of small letters in what it wrote. What is added tells by
+# which row it was graded, and is the same for all of a group.
+g.REWARDS["letters"] = lambda completion, source_row, **_: source_row / 1000 + sum(
+    "a" <= c <= "z" for c in completion.removeprefix("<think>")) / max(1, len(completion))
 
 
 @pytest.fixture(scope="session")
@@ -317,22 +313,19 @@ def same_run(one, other):
         jsonl(one / name) == jsonl(other / name) for name in ("metrics.jsonl", "completions.jsonl"))
 
 
-@contextmanager
-def stops(*words):
-    """Inside, the program must stop with one sentence that has these words; the exit code is then 1."""
+def stops(words, program, *args, **more):
+    """The program must stop with one sentence that has these words; the exit code is then 1."""
     with pytest.raises(SystemExit) as stop:
-        yield
+        program(*args, **more)
     message = stop.value.code
     assert isinstance(message, str) and message.startswith("error: ") and "\n" not in message
-    assert all(str(word) in message for word in words), message
+    assert all(word in message for word in words.split()), message
 
 
 def all_stop(program, cases):
-    """cases: {flags, with which the program must stop: words of its sentence}. A space at the end of flags is
-    followed by an empty word."""
+    """cases: {flags: words of the sentence}. A space at the end of flags is followed by an empty word."""
     for flags, words in cases.items():
-        with stops(*words.split()):
-            program(flags.split(" "))
+        stops(words, program, flags.split(" "))
 
 
 def test_docstring_examples():
@@ -370,8 +363,7 @@ def test_the_chat_template_chooses_the_prompt(world, tmp_path):
         tokenizer.chat_template = template
         assert g.choose_prompt(tokenizer) == chosen
         assert g.choose_prompt(tokenizer, f"{chosen}-direct") == f"{chosen}-direct"
-    with stops("--prompt instruct-direct", "roles"):
-        g.choose_prompt(tokenizer, "instruct-direct")
+    stops("--prompt instruct-direct roles", g.choose_prompt, tokenizer, "instruct-direct")
     folder = shutil.copytree(world.folder, tmp_path / "model")  # a template in a file of its own
     (folder / "chat_template.jinja").unlink()
     (folder / "chat_template.json").write_text(json.dumps(dict(chat_template=ROLES)))
@@ -516,17 +508,14 @@ MATHEMATICS = """
 
 
 def test_the_table_of_mathematics():
-    cases = [case.strip() for case in MATHEMATICS.replace("\n", " ; ").split(" ; ") if case.strip()]
-    assert len(cases) > 45
-    for case in cases:
-        solution, sign, answer = re.fullmatch(r"(.+?) (!?=)(?: (.*))?", case).groups()
+    for case in filter(str.strip, re.split(" ; |\n", MATHEMATICS)):
+        solution, sign, answer = re.fullmatch(r"(.+?) (!?=)(?: (.*))?", case.strip()).groups()
         completion = f"<think> 7, 8 </think> <answer> {answer or ''} </answer>"
         assert recipes.math_reward(completion, answer=solution, num_tokens=3) == (sign == "="), case
     assert recipes.math_reward("The sides are 3 and 4, so it is 5", answer="5") == 1  # no block: the whole text
-    row = dict(answer=r"\frac{1}{2}", num_tokens=1)
-    assert recipes.hard_reward("<think></think><answer>0.5</answer>", options=[], **row) == 1
-    assert recipes.hard_reward("<answer>0.5</answer>", options=[], **row) == 0
-    assert recipes.hard_reward("<think></think><answer>0.5</answer>", options=["0.5", r"\frac{1}{2}"], **row) == 0
+    for start, options, earned in ("<think></think>", [], 1), ("", [], 0), ("<think></think>", ["0.5", "1/2"], 0):
+        said = dict(completion=f"{start}<answer>0.5</answer>", answer="1/2", num_tokens=1, options=options)
+        assert recipes.hard_reward(**said) == earned
 
 
 @pytest.mark.parametrize("end", ["", "<|im_end|>", "<|endoftext|>", "<|im_end|><|endoftext|>"])
@@ -542,8 +531,8 @@ def test_think_is_put_back_once_and_end_tokens_are_not_in_the_way(end, world):
 
 def rewarded(names, texts, **more):
     """-> the rewards of completions of one prompt, whose lengths are 7, 8, ... tokens."""
-    row = dict(answer="left", options=OPTIONS, completion="<answer> given, for SFT </answer>") | more
     rollout = SimpleNamespace(texts=texts, lengths=torch.arange(7, 7 + len(texts)))
+    row = dict(answer="left", options=OPTIONS, completion="<answer> given, for SFT </answer>") | more
     return g.compute_rewards(g.Config(rewards=names, max_completion_length=9), rollout, [row], "base")
 
 
@@ -555,8 +544,7 @@ def test_rewards_are_told_lengths_limits_and_the_data_row_and_must_be_finite_num
     assert (told["max_completion_length"], told["kind"], told["template"]) == (9, "of row", "base")
     for value in math.nan, math.inf, 1e39, None, "1", [1, 2], torch.ones(2):
         monkeypatch.setitem(g.REWARDS, "mine", lambda completion, **_: value)
-        with stops("reward mine", "finite"):
-            rewarded("accuracy,mine", ["a", "b"])
+        stops("reward mine finite", rewarded, "accuracy,mine", ["a", "b"])
 
 
 # ---- Step 4: the advantages ------------------------------------------------------------------------------
@@ -571,28 +559,22 @@ def test_group_advantages_by_hand():
         assert (g.group_advantages(torch.full((3 * n,), value), n) == 0).all()  # no spread: exactly 0
 
 
-# ---- Steps 2 and 5: encode once, branch G times ----------------------------------------------------------
-
 def test_suppressed_are_special_tokens_but_the_end_tokens_and_unused_rows(world):
-    tokenizer, expected = world.tokenizer, torch.zeros_like(world.model.suppressed)
-    special = [name for name in make.SPECIALS if name not in ("<|endoftext|>", "<|im_end|>")]
-    expected[tokenizer.convert_tokens_to_ids(special)] = expected[-UNUSED_ROWS:] = True
+    ids, ends = world.tokenizer.convert_tokens_to_ids, ["<|endoftext|>", "<|im_end|>"]
+    expected = torch.zeros_like(world.model.suppressed)
+    expected[ids([name for name in make.SPECIALS if name not in ends])] = expected[-UNUSED_ROWS:] = True
     assert torch.equal(world.model.suppressed, expected) and expected.sum() == 12 + UNUSED_ROWS
-    assert "<think>" in tokenizer.get_vocab() and not expected[tokenizer.convert_tokens_to_ids("<think>")]
-    loaded = g.load_model(world.folder, tokenizer)
-    assert loaded.eos_ids == tokenizer.convert_tokens_to_ids(["<|endoftext|>", "<|im_end|>"])
-    assert {p.dtype for p in loaded.parameters()} == {torch.float32}
+    assert not expected[ids("<think>")] and g.load_model(world.folder, world.tokenizer).eos_ids == ids(ends)
 
 
 def test_the_image_tower_runs_once_per_pass_without_a_convolution(world, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "conv3d", lambda *_: 1 / 0)
-    model, cfg = copy.deepcopy(world.model), g.Config(num_generations=G, score_tokens=9, beta=0.0)
-    model.model.visual.forward = tower = Mock(wraps=model.model.visual.forward)
-    policy, ones = g.Policy(model), torch.ones(12)
+    model, cfg, ones, count = copy.deepcopy(world.model), g.Config(num_generations=G, score_tokens=9), torch.ones(12), []
+    model.model.visual.register_forward_hook(lambda *_: count.append(1))
     g.sample(model, world.two_passes, G, 4, 1.0)
-    g.score_rollout(policy, world.two_passes, world.rollout, cfg)
-    g.update(policy, world.two_passes, world.rollout, ones, ones, None, None, cfg)
-    assert tower.call_count == 3 * 2  # passes, whatever G and the number of chunks
+    g.score_rollout(g.Policy(model), world.two_passes, world.rollout, cfg)
+    g.update(g.Policy(model), world.two_passes, world.rollout, ones, ones, world.rollout.sampling_logps, None, cfg)
+    assert len(count) == 3 * 2  # passes, whatever G and the number of chunks
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -620,21 +602,19 @@ def test_what_is_sampled_is_what_is_scored_and_greedy_is_the_likeliest(family, w
 
 
 def test_a_draw_among_150000_unlikely_tokens_finds_each_of_them(world, monkeypatch):
+    broken = copy.deepcopy(world.model)
+    broken.model.language_model.norm.weight.data[3] = math.nan
+    stops("not finite", g.sample, broken, [world.each[0]], 1, 3, 1.0)
     probabilities = torch.full((150_001,), 2.7e-8, dtype=torch.float64)  # less than float32 resolves beside 0.996
     probabilities[0] = 1 - probabilities[1:].sum()
     aimed = torch.randint(1, 150_000, (64,), generator=seed(0))
     middles = (probabilities.cumsum(0) - probabilities / 2)[aimed]
     decoder = SimpleNamespace(indices=torch.arange(64), step=lambda: None, feed=lambda *_: False)
+    monkeypatch.setattr(g, "Decoder", lambda *_: decoder)
+    monkeypatch.setattr(g, "token_logps", lambda *_: probabilities.log().expand(64, -1))
+    monkeypatch.setattr(torch, "rand", lambda *_, **__: middles[:, None])
     model = SimpleNamespace(eos_ids=[0], device=torch.device("cpu"), dtype=torch.float64)
-    with monkeypatch.context() as context:
-        context.setattr(g, "Decoder", lambda *_: decoder)
-        context.setattr(g, "token_logps", lambda *_: probabilities.log().expand(64, -1))
-        context.setattr(torch, "rand", lambda *_, **__: middles[:, None])
-        assert torch.equal(g.sample(model, [], 64, 1, 1.0).completion_ids[:, 0], aimed)
-    broken = copy.deepcopy(world.model)
-    broken.model.language_model.norm.weight.data[3] = math.nan
-    with stops("not finite"):
-        g.sample(broken, [world.each[0]], 1, 3, 1.0)
+    assert torch.equal(g.sample(model, [], 64, 1, 1.0).completion_ids[:, 0], aimed)
 
 
 def test_each_process_and_step_draws_for_itself(world):
@@ -895,8 +875,7 @@ def test_bad_settings_stop_with_one_sentence(tmp_path, monkeypatch):
         with pytest.raises(SystemExit, match="2"):
             g.parse_config(flags.split())
     monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(num_processes=3, log_with=[]))
-    with stops("--prompts_per_step", "processes"):
-        g.make_accelerator(g.Config())
+    stops("--prompts_per_step processes", g.make_accelerator, g.Config())
 
 
 # ---- Preparation -----------------------------------------------------------------------------------------
@@ -951,18 +930,17 @@ def test_sat_rows_are_kept_or_skipped_for_a_reason(flags, kept, sat, tmp_path, c
     assert counts == {"kept": len(kept), "missing or broken image": 2, NOT_AMONG: 1, **several}
     assert rows.column_names == COLUMNS and rows["source_row"][:] == kept
     for row in rows:
-        raw = SAT_ROWS[row["source_row"]]
-        assert [row["question"], row["answer"], *sorted(row["options"])] == [
-            raw["question"], raw["correct_answer"], *sorted(raw["answers"])]
-        assert sizes(row) == [Image.open(io.BytesIO(image)).size for image in raw["image_bytes"]]
+        images, question, options, _, answer = SAT_ROWS[row["source_row"]].values()
+        assert (row["question"], row["answer"], sorted(row["options"])) == (question, answer, sorted(options))
+        assert sizes(row) == [Image.open(io.BytesIO(image)).size for image in images]
     metadata = pq.read_schema(tmp_path / "train.parquet").metadata
     assert metadata[b"grpo_vision"] == b"checked" and b"huggingface" in metadata
     assert "options are shuffled: in SAT's" in printed and rows["options"][0] == ["3", "1", "5", "4", "2"]
     how = dict(columns=prepare_sat.choose_columns("SAT", SAT_COLUMNS), folder=None, reading="text")
-    of_seed = lambda seed: [row["options"] for row in prepare_sat.convert(
-        [SAT_ROWS[0]] * 100, how, {}, shuffle=True, seed=seed)]
-    assert of_seed(0)[0] == rows["options"][0] != of_seed(1)[0]
-    assert min(Counter(options.index("3") for options in of_seed(0))[place] for place in range(5)) > 5
+    first, other = ([row["options"] for row in prepare_sat.convert([SAT_ROWS[0]] * 100, how, {}, shuffle=True, seed=seed)]
+                    for seed in (0, 1))
+    assert first[0] == rows["options"][0] != other[0]
+    assert min(Counter(options.index("3") for options in first)[place] for place in range(5)) > 5
 
 
 # options, answer, what the options become (None: the row is skipped), the one letter that is rewarded ("":
@@ -988,21 +966,17 @@ LETTERED = [
 
 @pytest.mark.parametrize("flags", [[], ["--shuffle"]])
 def test_a_letter_earns_the_reward_only_where_it_is_printed(flags, convert):
-    rows = [own(options, answer, *question) for options, answer, _, _, *question in LETTERED] * 3
-    found, _, printed = convert(rows, *flags)
+    cases, moved = LETTERED * 3, 0
+    found, _, printed = convert([own(options, answer, *rest) for options, answer, _, _, *rest in cases], *flags)
     assert ("options are shuffled: --shuffle" if flags else "options stay in order") in printed
-    assert found["source_row"][:] == [i for i, (_, _, becomes, *_) in enumerate(LETTERED * 3) if becomes]
-    moved = 0
+    assert found["source_row"][:] == [i for i, (_, _, becomes, *_) in enumerate(cases) if becomes]
     for row in found:
-        raw, (_, _, becomes, letter, *_) = rows[row["source_row"]], (LETTERED * 3)[row["source_row"]]
-        earns = lambda it, options: g.accuracy_reward(f"<answer>{it}</answer>", row["answer"], options)
-        assert sorted(row["options"]) == sorted(becomes) and row["answer"] in becomes, raw
-        assert raw["answer"].endswith(row["answer"]), raw
-        if letter:
-            assert row["options"] == becomes, raw
-            assert [each for each in "ABCDE" if earns(each, row["options"])] == [letter], raw
-        else:
-            moved += row["options"] != becomes
+        options, answer = row["options"], row["answer"]
+        _, raw, becomes, letter, *_ = case = cases[row["source_row"]]
+        earning = [x for x in "ABCDE" if g.accuracy_reward(f"<answer>{x}</answer>", answer, options)]
+        assert sorted(options) == sorted(becomes) and answer in becomes and raw.endswith(answer), case
+        assert not letter or (options, earning) == (becomes, [letter]), case
+        moved += not letter and options != becomes
     assert moved > 5 if flags else moved == 0
 
 
@@ -1077,8 +1051,7 @@ CONVERSATIONS = [
 def test_answers_are_read_as_their_column_is(rows, reading, becomes, convert, tmp_path):
     flags = ["--answers", reading] if reading else []
     if becomes is None:
-        with stops("--answers"):
-            convert(rows * 9, *flags)
+        stops("--answers", convert, rows * 9, *flags)
         assert not (tmp_path / "own").exists()
         return
     found, counts, _ = convert(rows * 9, *flags)
@@ -1118,8 +1091,8 @@ def test_chains_are_kept_or_skipped_for_a_reason(convert, pictures, tmp_path, ca
     assert [*map(sizes, found)][:3] == [[(56, 84)], [(56, 84)], [(84, 56)]]
     again, counts, _ = prepared(tmp_path / "again", capsys, "--from", tmp_path / "own/train.parquet")
     assert counts == {"kept": 30} and again.to_list()[:3] == found.to_list()[:3]
-    with stops("again", "exists"):  # another data set is not written over it
-        prepared(tmp_path / "again", capsys, "--from", pictures / "own.jsonl")
+    # another data set is not written over it
+    stops("again exists", prepared, tmp_path / "again", capsys, "--from", pictures / "own.jsonl")
 
 
 TEXT, BINARY, IMAGE = datasets.Value("string"), datasets.Value("binary"), datasets.Image()
@@ -1165,8 +1138,7 @@ def test_usual_layouts_are_read_from_files_folders_and_splits(features, rows, ke
         assert list(zip(found["options"], found["answer"])) == kept and set(found["question"]) == {"Which?"}
         assert [*map(sizes, found)] == [[(84, 56)]] * len(kept)
     for source, splits in ("folder", "--split validation."), ("two", "--split validation or --split test."):
-        with stops(source, "no split train", splits):
-            prepared(tmp_path / "out", capsys, "--from", tmp_path / source)
+        stops(f"{source} no split train {splits}", prepared, tmp_path / "out", capsys, "--from", tmp_path / source)
 
 
 def test_rows_without_images_are_kept_where_no_image_is_meant(convert):
@@ -1211,16 +1183,15 @@ def test_data_that_cannot_be_prepared_stops(sat, pictures, tmp_path, monkeypatch
 def test_images_are_seen_upright_and_white_where_they_are_transparent():
     image = Image.new("RGB", (40, 24), "red")
     image.paste("blue", (0, 0, 20, 12))
-    corners = lambda x: [value for place in ((2, 2), (37, 2), (2, 21)) for value in x.getpixel(place)]
     opened = lambda data: g.open_image(dict(bytes=data, path=None), "row 7")
-    seen = opened(turned(image))
+    seen, corners = opened(turned(image)), [(2, 2), (37, 2), (2, 21)]
     assert Image.open(io.BytesIO(turned(image))).size == (24, 40) and seen.size == image.size
-    assert corners(seen) == pytest.approx(corners(image), abs=40) != corners(image.rotate(180))
+    for corner in corners:
+        assert seen.getpixel(corner) == pytest.approx(image.getpixel(corner), abs=40)
     image.putalpha(0)
     assert opened(encoded(image, "PNG")).getpixel((2, 2)) == (255, 255, 255)
     for deep, kind in (Image.new("I;16", (9, 9)), "PNG"), (Image.new("F", (9, 9)), "TIFF"):
-        with stops("row 7", "8 bits"):
-            opened(encoded(deep, kind))
+        stops("row 7 8 bits", opened, encoded(deep, kind))
 
 
 def test_data_that_is_no_training_data_stops(train, sat, world, tmp_path):
@@ -1235,8 +1206,7 @@ def test_data_that_is_no_training_data_stops(train, sat, world, tmp_path):
         write_rows(path, dict(answer=answer), dict(images=[]))
         os.utime(path, (0, 0))
         assert [row["answer"] for row in fitting(path, world)] == [answer, "b"]
-    with stops("row 1", "no image", "1 process"):
-        fitting(path, world, processes=2)
+    stops("row 1 no image 1 process", fitting, path, world, processes=2)
 
 
 def test_draw_walks_through_seeded_permutations():
@@ -1292,7 +1262,7 @@ def test_a_run_leaves_its_files_and_logs_every_metric_and_completion(trained, sa
     for s in samples:
         row, parts = rows[s["row"]], [s[f"rewards/{name}"] for name in ("accuracy", "format", "letters")]
         assert s["prompt"] == g.render(row, "base", None) and s["completion"].startswith("<think>")
-        assert (s["reward"], parts[2]) == pytest.approx((sum(parts), letters(**row | s)))
+        assert (s["reward"], parts[2]) == pytest.approx((sum(parts), g.REWARDS["letters"](**row | s)))
 
 
 @pytest.mark.parametrize("name", ["checkpoint-1", "checkpoint-3", "final"])
@@ -1365,11 +1335,9 @@ def test_a_model_folder_that_cannot_be_trained_is_named(file, change, words, wor
     if isinstance(change, dict):
         change = json.dumps(json.loads((folder / file).read_text()) | change)
     (folder / file).unlink() if change is None else (folder / file).write_text(change)
-    with stops(folder, *words.split()):
-        train(tmp_path / "run", "--model_name_or_path", folder)
+    stops(f"{folder} {words}", train, tmp_path / "run", "--model_name_or_path", folder)
     assert not (tmp_path / "run").exists()
-    with stops(folder):
-        evaluate(tmp_path / "results", "--model", folder)
+    stops(str(folder), evaluate, tmp_path / "results", "--model", folder)
 
 
 LAUNCHES = {  # what a launcher leaves in the environment: words of the sentence
@@ -1384,10 +1352,10 @@ HARMLESS = dict(ACCELERATE_MIXED_PRECISION="fp16", ACCELERATE_USE_DEEPSPEED="fal
 
 def test_launches_that_would_train_alone_or_otherwise_stop(train, evaluate, tmp_path, monkeypatch):
     for variable, words in LAUNCHES.items():
-        for program in train, evaluate:
-            with monkeypatch.context() as context, stops(*words.split()):
-                context.setenv(*variable.split("="))
-                program(tmp_path / "run")
+        with monkeypatch.context() as context:
+            context.setenv(*variable.split("="))
+            for program in train, evaluate:
+                stops(words, program, tmp_path / "run")
     assert not (tmp_path / "run").exists()
     for name, value in HARMLESS.items():
         monkeypatch.setenv(name, value)
@@ -1438,30 +1406,27 @@ def test_bf16_with_float32_weights_beside_it_trains_saves_and_resumes(bf16, trai
 
 
 def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(train, trained, tmp_path, monkeypatch):
-    update, calls, models = g.update, [], []
+    update, calls, run = g.update, [], tmp_path / "run"
 
     def broken(policy, *args):
+        if len(calls) == 2:  # a further update on the same rollout must not be tried
+            raise AssertionError
         found = update(policy, *args)
-        calls.append(policy)
-        if len(calls) == 2:
-            models.append({name: weight.clone() for name, weight in policy.model.named_parameters()})
+        calls.append((policy, copy.deepcopy(policy.state_dict())))
+        if len(calls) == 2 or "three" in str(args[-1].output_dir):
             next(policy.parameters()).grad[0] = math.inf
         return found
 
     monkeypatch.setattr(g, "update", broken)
-    run = tmp_path / "run"
-    with stops("step 2", "not finite", "--learning_rate", "bad_batch.jsonl"):
-        train(run)
-    assert all(torch.equal(weight, models[0][name]) for name, weight in calls[1].model.named_parameters())
+    stops("step 2 not finite --learning_rate bad_batch.jsonl", train, run)
+    assert all(torch.equal(weight, calls[1][1][name]) for name, weight in calls[1][0].state_dict().items())
     assert len(jsonl(run / "metrics.jsonl")) == 1 and len(jsonl(run / "bad_batch.jsonl")) == 8
     assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]
+    del calls[1:]
+    stops("step 1 not finite", train, tmp_path / "three", "--num_iterations", 3)
     monkeypatch.setattr(g, "update", update)
     train(run, "--resume")
     assert same_run(run, trained) and len(jsonl(run / "bad_batch.jsonl")) == 8
-    with stops("step 1", "not finite"):  # a further update on the same rollout is not tried
-        calls.clear()
-        monkeypatch.setattr(g, "update", lambda *args: broken(*args) if len(calls) < 2 else 1 / 0)
-        train(tmp_path / "three", "--num_iterations", 3)
 
 
 def test_a_disk_with_too_little_room_is_named_before_training(train, world, tmp_path, monkeypatch):
@@ -1474,10 +1439,8 @@ def test_a_disk_with_too_little_room_is_named_before_training(train, world, tmp_
         monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
         g.check_disk(run, cfg, done)
         room.free -= 1
-        with stops("GB left", "save", "--save_total_limit", "--output_dir"):
-            g.check_disk(run, cfg, done)
-    with stops("GB left"):
-        train(tmp_path / "run")
+        stops("GB left save --save_total_limit --output_dir", g.check_disk, run, cfg, done)
+    stops("GB left", train, tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.json*"))
 
 
@@ -1509,26 +1472,21 @@ def test_a_run_goes_on_only_as_it_began(train, sat, tmp_path, monkeypatch, capsy
     train("run", "--max_steps", 1, "--data", "data")
     monkeypatch.chdir("data")  # paths in config.json are absolute
     run = tmp_path / "run"
-    go_on = lambda folder, steps, *more: g.main(["--resume", "--output_dir", str(folder), "--max_steps", steps, *more])
-
-    def refused(words, folder=run, *more):
-        with stops(*words.split()):
-            go_on(folder, "9", *more)
-
+    go_on = lambda folder, *more: g.main(["--resume", "--output_dir", str(folder), "--max_steps", *more])
+    refused = lambda words, folder=run, *more: stops(words, go_on, folder, "9", *more)
     rows = pq.read_table("train.parquet")
-    pq.write_table(pa.concat_tables([rows.slice(1), rows.slice(0, 1)]), "train.parquet")  # others, as many
-    refused("did not begin with train.parquet")
-    pq.write_table(rows.slice(1), "train.parquet")
-    refused("did not begin with train.parquet")
+    for other in pa.concat_tables([rows.slice(1), rows.slice(0, 1)]), rows.slice(1):  # the former has as many
+        pq.write_table(other, "train.parquet")
+        refused("did not begin with train.parquet")
     shutil.copy(sat / "train.parquet", "train.parquet")
     refused("--prompts_per_step", run, "--prompts_per_step", "4")
     capsys.readouterr()
     go_on(run, "2", *"--num_generations 2 --max_completion_length 2 --lr_scheduler_type constant".split())
-    said = re.findall("--resume: (.*) from here on", capsys.readouterr().out)
-    assert sorted(said) == ["lr_scheduler_type was linear and is constant", "max_completion_length was 8 and is 2",
-                            "max_steps was 1 and is 2", "num_generations was 4 and is 2"]
-    second = [s["length"] for s in jsonl(run / "completions.jsonl") if s["step"] == 2]
-    assert len(second) == 4 and max(second) <= 2 and jsonl(run / "metrics.jsonl")[1]["learning_rate"] == 1e-3
+    assert sorted(re.findall("--resume: (.*) from here on", capsys.readouterr().out)) == [
+        "lr_scheduler_type was linear and is constant", "max_completion_length was 8 and is 2",
+        "max_steps was 1 and is 2", "num_generations was 4 and is 2"]
+    lengths = [s["length"] for s in jsonl(run / "completions.jsonl") if s["step"] == 2]
+    assert len(lengths) == 4 and max(lengths) <= 2 and jsonl(run / "metrics.jsonl")[1]["learning_rate"] == 1e-3
     config = (run / "config.json").read_text()
     (run / "checkpoint-1/config.json").write_text(config[:99])
     for folder in tmp_path / "data", run / "checkpoint-1", run / "final":  # none, half of one, a model's
@@ -1553,32 +1511,26 @@ def test_a_folder_belongs_to_one_run(train, tmp_path, monkeypatch):
         lock.release()
         others.append(FileLock(folder / ".lock").acquire().lock)
     (tmp_path / "toy/config.json").write_text("{}")
-    with stops(folder, "in use"):
-        g.claim(g.Config(output_dir=str(folder), resume=True))
+    stops(f"{folder} in use", g.claim, g.Config(output_dir=str(folder), resume=True))
     others.clear()  # a lock goes with its process, or here with its object
     assert g.claim(g.Config())[0].name == "toy-2"  # one that was killed before it began leaves nothing to clean
-    with stops(tmp_path / "toy", "not empty"):
-        train(tmp_path / "toy")
+    stops(f"{tmp_path}/toy not empty", train, tmp_path / "toy")
     assert {path.name for path in (tmp_path / "toy").iterdir()} == {".lock", "config.json"}
 
 
 def test_a_run_that_was_stopped_and_killed_ends_as_if_it_had_not_been(train, small_run, tmp_path):
-    flags = "--max_steps 14 --save_steps 3 --rewards accuracy,format,length --resume".split()
+    flags, folder = "--max_steps 14 --save_steps 3 --rewards accuracy,format,length --resume".split(), tmp_path / "run"
     train(tmp_path / "whole", *flags, main=recipes.main)  # there is nothing to resume
-    folder = tmp_path / "run"
-
-    def interrupt(number, *argv):
-        """Start, and send the signal when two steps are done -> what was printed after them, exit code."""
+    for number, argv in (signal.SIGINT, [*small_run, *flags]), (signal.SIGKILL, ["--resume"]):
         process = starting("-u", recipes.__file__, "--output_dir", folder, *argv)
         steps = (line for line in process.stdout if line.startswith("step "))
         assert next(steps) and next(steps)
         process.send_signal(number)
-        return process.communicate()[0], process.returncode
-
-    said, code = interrupt(signal.SIGINT, *small_run, *flags)
-    assert code == 0 and f"--resume --output_dir {folder}" in said
-    assert g.checkpoints(folder)[-1].name == f"checkpoint-{len(jsonl(folder / 'metrics.jsonl'))}"
-    assert interrupt(signal.SIGKILL, "--resume")[1] == -signal.SIGKILL and not (folder / "final").exists()
+        said = process.communicate()[0]
+        if number == signal.SIGINT:
+            assert process.returncode == 0 and f"--resume --output_dir {folder}" in said
+            assert g.checkpoints(folder)[-1].name == f"checkpoint-{len(jsonl(folder / 'metrics.jsonl'))}"
+    assert process.returncode == -signal.SIGKILL and not (folder / "final").exists()
     (folder / "checkpoint-14.tmp/stale").mkdir(parents=True)  # what a run leaves that is killed while it saves
     (folder / "metrics.jsonl").open("a").write('{"step": 99, "half a li')
     for steps in "14", "13":  # a run that is complete stays as it is
@@ -1596,15 +1548,14 @@ def test_a_save_that_fails_says_so_and_leaves_the_last_checkpoint_whole(train, t
     for room in 0.5, 1.5:  # as if the disk were full: for the weights, for state/
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(room * size), limits[1]))
         try:
-            with stops("cannot save", "checkpoint-2", "No space?", "intact", "--resume"):
-                train(run, "--resume")
+            stops("cannot save checkpoint-2 No space? intact --resume", train, run, "--resume")
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         assert [path.name for path in run.glob("checkpoint-*")] == ["checkpoint-1"]  # and no .tmp
-    train(run, "--resume")
-    shutil.rmtree(run / "final")  # as if the disk had been full for it alone
-    train(run, "--resume")
-    assert [m["step"] for m in jsonl(run / "metrics.jsonl")] == [1, 2, 3] and (run / "final").exists()
+    for _ in range(2):  # the second time as if the disk had been full for final/ alone
+        train(run, "--resume")
+        shutil.rmtree(run / "final")
+    assert [m["step"] for m in jsonl(run / "metrics.jsonl")] == [1, 2, 3]
 
 
 def test_what_cannot_be_drawn_does_not_stop_training(train, tmp_path, monkeypatch, capsys):
@@ -1619,15 +1570,13 @@ def test_what_cannot_be_drawn_does_not_stop_training(train, tmp_path, monkeypatc
     assert "ZeroDivisionError" in capsys.readouterr().err and (tmp_path / "other/checkpoint-1").exists()
 
 
-# ---- The house: one file that stands alone, and what is built around it ------------------------------------
-
 def test_the_script_trains_alone_in_an_empty_folder_under_any_name(tmp_path, monkeypatch):
     shutil.copy(g.__file__, tmp_path / "mine.py")
+    monkeypatch.chdir(tmp_path)
     flags = f"--model_name_or_path {g.TOY}/base --data {g.TOY} --prompts_per_step 2 --max_steps 1".split()
-    said, = succeed(subprocess.Popen([sys.executable, "mine.py", *flags], cwd=tmp_path, text=True,
-                                     stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
+    said, = succeed(starting("-I", "mine.py", *flags))  # -I: without PYTHONPATH
     assert said.count("eval_cvbench.py is not here") == 1 and "step    1" in said
-    run, = (tmp_path / "runs").iterdir()
+    run, = Path("runs").iterdir()
     assert {path.name for path in run.iterdir()} == {".lock", "config.json", "metrics.jsonl", "checkpoint-1", "final"}
     find = importlib.util.find_spec
     with monkeypatch.context() as alone:
@@ -1635,11 +1584,11 @@ def test_the_script_trains_alone_in_an_empty_folder_under_any_name(tmp_path, mon
         g.main(["--resume", "--output_dir", str(run), "--max_steps", "2"])
     assert [m["step"] for m in jsonl(run / "metrics.jsonl")] == [1, 2]
     assert not same_weights(run / "checkpoint-1", run / "final")
-    (tmp_path / "eval_cvbench.py").write_text("import no_such_library")  # beside it, but broken: not forgiven
+    Path("eval_cvbench.py").write_text("import no_such_library")  # beside it, but broken: not forgiven
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "eval_cvbench")
     with pytest.raises(ModuleNotFoundError, match="no_such_library"):
-        g.main([*flags, "--output_dir", str(tmp_path / "broken")])
+        g.main([*flags, "--output_dir", "broken"])
 
 
 def test_each_script_imports_only_what_stands_below_it():
@@ -1660,8 +1609,7 @@ def test_each_script_imports_only_what_stands_below_it():
 
 
 def test_the_same_numbers_go_to_a_tracker(train, tmp_path, monkeypatch):
-    with stops("--report_to", "pip install wandb"):
-        train(tmp_path / "run", "--report_to", "wandb")
+    stops("--report_to pip install wandb", train, tmp_path / "run", "--report_to", "wandb")
     begin, log, end = (create_autospec(getattr(g.Accelerator, name)) for name in (
         "init_trackers", "log", "end_training"))
     for name, stand_in in dict(init_trackers=begin, log=log, end_training=end).items():
@@ -1723,46 +1671,40 @@ def succeed(*running):
     return said
 
 
-def first_moments(run, file):
-    dcp_to_torch_save(run / "checkpoint-2/state", file)
-    return {name: state["exp_avg"] for name, state in torch.load(file)["optimizer"]["state"].items()}
-
-
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_two_processes_with_sharded_weights_equal_one_however_they_are_started(family, worlds, small_run, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     flags = f"""--rewards accuracy,format,mine --max_completion_length 8 --score_tokens 18 --max_pixels 20000
         --loss_type dapo --mask_truncated_completions true --prompt base --max_steps 2
         --model_name_or_path {worlds[family].folder}""".split()
-    start = lambda name, launcher, *more: starting(launcher, tmp_path / "worker.py", *small_run, *flags,
-                                                   "--output_dir", tmp_path / name, *more)
+    start = lambda run, launcher, *more: starting(launcher, tmp_path / "worker.py", *small_run, *flags,
+                                                  "--output_dir", run, *more)
     one, two, offloaded, machines = (tmp_path / name for name in ("one", "two", "offloaded", "machines"))
-    if family == "qwen3_vl":
-        said = succeed(start("one", f"{TORCHRUN} 1 --standalone"), start("two", ONE_MACHINE))
-    else:
-        said = succeed(start("one", ""), start("offloaded", "-m accelerate.commands.launch --cpu --num_processes 1",
-                                               "--cpu_offload", "true"))
-        assert same_run(one, offloaded)
+    alone = f"{TORCHRUN} 1 --standalone" if family == "qwen3_vl" else ""
+    said = succeed(start(one, alone), start(two, ONE_MACHINE))
+    if family == "qwen2_vl":
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             place = f"--nnodes 2 --master_addr 127.0.0.1 --master_port {found.getsockname()[1]} --node_rank"
-        said += succeed(start("two", ONE_MACHINE))
-        said += succeed(*(start("machines", f"{TORCHRUN} 1 {place} {rank}") for rank in (0, 1)))
-        assert same_run(two, machines)
+        said += succeed(*(start(machines, f"{TORCHRUN} 1 {place} {rank}") for rank in (0, 1)))
+        launch = "-m accelerate.commands.launch --cpu --num_processes 1"
+        said += succeed(start(offloaded, launch, "--cpu_offload", "true"))
+        assert same_run(one, offloaded) and same_run(two, machines)
     assert not any("view tensor" in text or "Casting" in text for text in said)
     metrics = [jsonl(run / "metrics.jsonl") for run in (one, two)]  # entropy, kl, grad_norm and others
     assert all(x == pytest.approx(y, rel=1e-6, abs=1e-9) for x, y in zip(*metrics, strict=True))
-    before = weights_of(worlds[family].folder)
-    error = lambda found, x: ((found - x).norm() / x.norm()).item()
+    start, error = weights_of(worlds[family].folder), lambda found, x: ((found - x).norm() / x.norm()).item()
     for name in "checkpoint-1", "checkpoint-2":
         x, y = weights_of(one / name), weights_of(two / name)
-        assert x.keys() == y.keys() == before.keys()
-        assert all(error(y[part], x[part]) < 1e-6 < 1e-5 < error(before[part], x[part]) for part in x)
-    x, y = (first_moments(run, tmp_path / "state.pt") for run in (one, two))  # a mean of the gradients
-    assert x.keys() == y.keys() and len(x) >= len(before)
-    assert all(error(y[part], x[part]) < 1e-6 for part in x)
-    lengths = [s["length"] > 4 for s in jsonl(two / "completions.jsonl")]
-    assert {True, False} == {*lengths}  # about two images, in two chunks; about one, in one
+        assert x.keys() == y.keys() == start.keys()
+        assert all(error(y[part], x[part]) < 1e-6 < 1e-5 < error(start[part], x[part]) for part in x)
+    for run in one, two:
+        dcp_to_torch_save(run / "checkpoint-2/state", run / "state.pt")
+    x, y = (torch.load(run / "state.pt")["optimizer"]["state"] for run in (one, two))
+    assert x.keys() == y.keys() and len(x) >= len(start)
+    assert all(error(y[part]["exp_avg"], x[part]["exp_avg"]) < 1e-6 for part in x)  # means of the gradients
+    longer = [s["length"] > 4 for s in jsonl(two / "completions.jsonl")]
+    assert {True, False} == {*longer}  # about two images, in two chunks; about one, in one
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------
@@ -1808,9 +1750,8 @@ def test_held_out_and_free_questions_are_asked_as_in_training(sat, worlds, evalu
     rows = pq.read_table(sat / "train.parquet").to_pylist()
     for q, row in zip(eval_cvbench.load_questions(str(sat / "train.parquet")), rows, strict=True):
         for template, family in ("base", "qwen2_vl"), ("instruct", "qwen2_5_vl"):
-            tokenizer = worlds[family].tokenizer
-            asked = eval_cvbench.prompt_text(q, f"{template}-reasoning", tokenizer)
-            assert asked == g.render(row, template, tokenizer)
+            asked = eval_cvbench.prompt_text(q, f"{template}-reasoning", worlds[family].tokenizer)
+            assert asked == g.render(row, template, worlds[family].tokenizer)
         assert (q["answer"], q["options"]) == (row["answer"], row["options"])
     write_rows(tmp_path / "free.parquet", dict(options=[], answer="$0.5$"))
     folder = evaluate(tmp_path / "results", "--data", tmp_path / "free.parquet")["base-reasoning"]
@@ -1927,8 +1868,7 @@ def test_a_killed_or_second_start_asks_what_is_missing(flags, evaluate, tmp_path
         evaluate(tmp_path / "killed", *flags.split())
         assert len(asked) == 5 and contents(folder) == whole  # the same samples as without the kill
     (folder / "answers.jsonl").write_text("{\n" + whole["answers.jsonl"])
-    with stops("answers.jsonl", "line", "not JSON"):
-        evaluate(tmp_path / "killed", *flags.split())
+    stops("answers.jsonl line not JSON", evaluate, tmp_path / "killed", *flags.split())
 
 
 def test_two_processes_give_the_results_of_one(evaluate, evaluated, tmp_path, monkeypatch):
@@ -1939,15 +1879,12 @@ def test_two_processes_give_the_results_of_one(evaluate, evaluated, tmp_path, mo
 
 
 def test_other_weights_settings_or_questions_have_a_folder_of_their_own(evaluate, world, tmp_path):
-    shutil.copytree(world.folder, tmp_path / "tiny")
-    ask = lambda *flags: evaluate(tmp_path / "results", "--model", tmp_path / "tiny", *flags)
+    model = shutil.copytree(world.folder, tmp_path / "tiny")
     for flags in ["", "--max_new_tokens 5", "--limit 3", "--temperature 1", "--temperature 1 --seed 1",
-                  "--max_pixels 9999"]:
-        ask(*flags.split())
-    weights = weights_of(tmp_path / "tiny")
-    weights["model.norm.weight"][3].add_(1)  # trained again
-    save_file(weights, tmp_path / "tiny/model.safetensors", metadata={"format": "pt"})
-    ask()
+                  "--max_pixels 9999", ""]:
+        evaluate(tmp_path / "results", "--model", model, *flags.split())
+        if "--max_pixels" in flags:
+            edit_weights(model, lambda weights: weights["model.norm.weight"][3].add_(1))  # trained again
     assert len(list((tmp_path / "results").iterdir())) == 7
 
 
@@ -2099,11 +2036,11 @@ def test_the_committed_toy_is_what_make_draws():
         return row | dict(pixels=Image.open(io.BytesIO(image["bytes"])).tobytes())
 
     rng, seen = random.Random(0), set()
-    sets = [("test.parquet", lambda: make.sat_rows(512, rng, seen))]
-    sets += [(f"cvbench/{name}", partial(make.cvbench_rows, kinds, name, sources, 96, rng, seen))
-             for name, kinds, sources in make.CVBENCH_FILES]
-    for name, draw in [*sets, ("train.parquet", lambda: make.sat_rows(2048, rng, seen))]:
-        made, found = list(draw()), pq.read_table(g.TOY / name).to_pylist()
+    drawn = [("test.parquet", make.sat_rows(512, rng, seen))]
+    drawn += [(f"cvbench/{name}", make.cvbench_rows(kinds, name, sources, 96, rng, seen))
+              for name, kinds, sources in make.CVBENCH_FILES]
+    for name, rows in [*drawn, ("train.parquet", make.sat_rows(2048, rng, seen))]:
+        made, found = [*rows], pq.read_table(g.TOY / name).to_pylist()
         assert len(found) == len(made)
         assert [*map(with_pixels, found[::40])] == [*map(with_pixels, made[::40])]
     assert Image.open(g.TOY / "legend.png").tobytes() == make.paint_legend().tobytes()
