@@ -24,8 +24,6 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock, create_autospec
@@ -63,29 +61,6 @@ UNUSED_ROWS = 20  # of the embedding, which no token has
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 
 
-def config_of(family, tokenizer):
-    """config.json laid out as the published one of this family. Qwen3-VL's has a part for the text."""
-    image, video, start, end = tokenizer.convert_tokens_to_ids(
-        ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"])
-    shared = dict(model_type=family, tie_word_embeddings=True, image_token_id=image, video_token_id=video,
-                  vision_start_token_id=start, vision_end_token_id=end)
-    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-                num_key_value_heads=2, vocab_size=len(tokenizer) + UNUSED_ROWS, rope_theta=1e6)
-    vision = dict(model_type=family, depth=2, num_heads=2, hidden_size=32, patch_size=14,
-                  spatial_merge_size=2, temporal_patch_size=2)
-    vision |= {"qwen2_vl": dict(embed_dim=32, mlp_ratio=2),
-               "qwen2_5_vl": dict(intermediate_size=48, out_hidden_size=32, window_size=112,
-                                  fullatt_block_indexes=[1]),
-               "qwen3_vl": dict(intermediate_size=48, out_hidden_size=32, patch_size=16,
-                                num_position_embeddings=64, deepstack_visual_indexes=[0, 1])}[family]
-    if family == "qwen3_vl":
-        rope = dict(rope_type="default", mrope_interleaved=True, mrope_section=[2, 1, 1])
-        text |= dict(model_type="qwen3_vl_text", head_dim=8, rope_scaling=rope)
-        return shared | dict(text_config=text, vision_config=vision)
-    rope = dict(type="mrope", mrope_section=[1, 1, 2])
-    return shared | text | dict(rope_scaling=rope, vision_config=vision)
-
-
 def write_model(folder, family):
     """A model directory as published, in bfloat16, with a generation_config that would ruin sampling. Only
     Qwen2-VL's chat template has no roles. Weights of std 0.2: with 0.02 wrong positions hardly show."""
@@ -93,7 +68,24 @@ def write_model(folder, family):
     if family != "qwen2_vl":
         tokenizer.chat_template, tokenizer.eos_token = ROLES, "<|im_end|>"
     tokenizer.save_pretrained(folder)
-    config = config_of(family, tokenizer)
+    text = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2, vocab_size=len(tokenizer) + UNUSED_ROWS, rope_theta=1e6)
+    vision = dict(model_type=family, depth=2, num_heads=2, hidden_size=32, patch_size=14,
+                  spatial_merge_size=2, temporal_patch_size=2)
+    limits, rope = dict(min_pixels=3136, max_pixels=12845056), dict(type="mrope", mrope_section=[1, 1, 2])
+    if family == "qwen2_vl":
+        vision |= dict(embed_dim=32, mlp_ratio=2)
+    elif family == "qwen2_5_vl":
+        vision |= dict(intermediate_size=48, out_hidden_size=32, window_size=112, fullatt_block_indexes=[1])
+    else:
+        vision |= dict(intermediate_size=48, out_hidden_size=32, patch_size=16, num_position_embeddings=64,
+                       deepstack_visual_indexes=[0, 1])
+        limits = dict(size=dict(shortest_edge=1024, longest_edge=16777216))
+        rope = dict(rope_type="default", mrope_interleaved=True, mrope_section=[2, 1, 1])
+        text = dict(text_config=dict(text, model_type="qwen3_vl_text", head_dim=8, rope_scaling=rope))
+    toy = json.loads((g.TOY / "base/config.json").read_text())
+    config = {name: token for name, token in toy.items() if name.endswith("token_id")} | dict(
+        text, model_type=family, tie_word_embeddings=True, vision_config=vision, rope_scaling=rope)
     write = lambda name, content: (folder / name).write_text(json.dumps(content))
     write("config.json", config)
     torch.manual_seed(0)
@@ -102,13 +94,9 @@ def write_model(folder, family):
         weight.data += 0.2 * torch.randn_like(weight)
     model.bfloat16().save_pretrained(folder)
     write("config.json", config)  # over the one just saved
-    limits = dict(min_pixels=3136, max_pixels=12845056)
-    if family == "qwen3_vl":
-        limits = dict(size=dict(shortest_edge=1024, longest_edge=16777216))
-    write("preprocessor_config.json", dict(limits, patch_size=config["vision_config"]["patch_size"]))
+    write("preprocessor_config.json", dict(limits, patch_size=vision["patch_size"]))
     ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
-    write("generation_config.json", dict(do_sample=True, temperature=0.01, top_p=0.001, top_k=1,
-                                         eos_token_id=ends))
+    write("generation_config.json", dict(do_sample=True, temperature=0.01, top_k=1, eos_token_id=ends))
     return str(folder)
 
 
@@ -250,13 +238,13 @@ def cvbench_text(n):
 @pytest.fixture(scope="session")
 def cvbench(tmp_path_factory):
     """A folder with files of CV-Bench's schema: 2 to 6 choices, images of every kind; all answers are 4."""
-    folder, rows = tmp_path_factory.mktemp("cvbench"), []
+    folder = tmp_path_factory.mktemp("cvbench")
     other_modes = [encoded(picture(84, 84).convert(mode), "PNG") for mode in ("RGBA", "L", "P")]
     images = [encoded(picture(56, 84)), *other_modes, turned(picture(56, 112, seed=4))]
-    for image, task, source, n in zip(images, ["Count", "Relation", "Count", "Depth", "Distance"],
-                                      ["ADE20K", "COCO", "COCO", "Omni3D", "Omni3D"], [2, 3, 6, 4, 5]):
-        rows.append(dict(task=task, source=source, image={"bytes": image, "path": None}, answer="(B)",
-                         choices=list("341205"[:n]), prompt=cvbench_text(n)))
+    rows = [dict(task=task, source=source, image={"bytes": image, "path": None}, answer="(B)",
+                 choices=list("341205"[:n]), prompt=cvbench_text(n)) for image, task, source, n in zip(
+        images, ["Count", "Relation", "Count", "Depth", "Distance"],
+        ["ADE20K", "COCO", "COCO", "Omni3D", "Omni3D"], [2, 3, 6, 4, 5])]
     prepare_sat.write_parquet(folder / "test_2d.parquet", rows[:3], make.CVBENCH_FEATURES)
     prepare_sat.write_parquet(folder / "test_3d.parquet", rows[3:], make.CVBENCH_FEATURES)
     return folder
@@ -334,25 +322,21 @@ def test_docstring_examples():
         assert failed == 0 and attempted >= least
 
 
-# ---- Step 1: the prompt ----------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("images, start", [
     (0, ""), (1, g.IMAGE_TOKENS), (2, f"Picture 1: {g.IMAGE_TOKENS}Picture 2: {g.IMAGE_TOKENS}")])
 def test_a_row_becomes_the_papers_question_with_its_images_first_when_trained_and_when_served(images, start, worlds):
-    options = ["no, it would stay the same", "2", "3"]
-    row = dict(question="Where {is} it?", options=options, images=[None] * images)
+    row = dict(question="Where {is} it?", options=["no, it would stay the same", "2", "3"], images=[None] * images)
     question = ("Answer in natural language. Where {is} it? Choose between the following options: "
                 "no, it would stay the same, 2 or 3")
     assert g.render(row, "base", None) == start + g.TEMPLATES["base"].replace("{question}", question)
     assert g.render(row, "instruct", worlds["qwen3_vl"].tokenizer) == (
         f"<|im_start|>user\n{start}{question}  Output the thinking process in <think> </think> and final "
         "answer (option) in <answer> </answer> tags.<|im_end|>\n<|im_start|>assistant\n")
-    tokenizer = copy.deepcopy(worlds["qwen2_vl"].tokenizer)
+    tokenizer, text = copy.deepcopy(worlds["qwen2_vl"].tokenizer), [{"type": "text", "text": question}]
     tokenizer.chat_template = g.SERVED_PROMPT
-    parts = [{"type": "image"}] * images + [{"type": "text", "text": question}]
-    for content in [parts] + [question] * (images == 0):
-        asked = tokenizer.apply_chat_template([dict(role="user", content=content)], tokenize=False,
-                                              add_generation_prompt=True)
+    for content in [[{"type": "image"}] * images + text] + [question] * (images == 0):
+        turns = [dict(role="user", content=content)]
+        asked = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         assert asked == g.render(row, "base", None)
 
 
@@ -379,23 +363,22 @@ def fitting(path, world, limit=1024, processes=1):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_has_a_pad_for_each_image_token_m_rope_positions_and_its_true_length(family, worlds, tmp_path):
-    world = worlds[family]
-    side = 2 * world.image_processor.patch_size  # of one image token, in pixels
-    sizes = [[(2, 3)], [], [(3, 5), (4, 2)]]     # in tokens, width and height
+    world, sizes = worlds[family], [[(2, 3)], [], [(3, 5), (4, 2)]]  # in tokens, width and height
+    side = 2 * world.image_processor.patch_size                      # of one image token, in pixels
     images = [[picture(side * w, side * h) for w, h in some] for some in sizes]
-    rows = [dict(question="Which?", options=["a"], images=some) for some in images]
+    stored = [[dict(bytes=encoded(image), path=None) for image in some] for some in images]
+    rows = [dict(question="Which?", options=["a"], answer="a", images=some) for some in stored]
     texts = [g.render(row, "base", None) for row in rows]
     found = g.build_prompts(texts, images, world.tokenizer, world.image_processor, world.model)
-    start, pad, end = world.tokenizer(g.IMAGE_TOKENS).input_ids
     ids_of = lambda text: world.tokenizer(text).input_ids
+    start, pad, end = ids_of(g.IMAGE_TOKENS)
     for i, (some, text) in enumerate(zip(sizes, texts)):
         *before, words = text.split(g.IMAGE_TOKENS)  # before: "Picture 1: "
         expected = [x for (w, h), name in zip(some, before) for x in [*ids_of(name), start, *[pad] * (w * h), end]]
         assert found.input_ids[i, :found.lengths[i]].tolist() == expected + ids_of(words)
         assert found.next_position[i] == found.lengths[i] - sum(w * h - max(w, h) for w, h in some)
+    write_rows(tmp_path / "train.parquet", *rows)
     lengths = found.lengths.tolist()
-    stored = [[dict(bytes=encoded(image), path=None) for image in some] for some in images]
-    write_rows(tmp_path / "train.parquet", *(dict(options=["a"], answer="a", images=some) for some in stored))
     for limit in [*lengths, max(lengths) - 1, sorted(lengths)[1] - 1]:
         kept = [row["row"] for row in fitting(tmp_path / "train.parquet", world, limit)]
         assert kept == [i for i, length in enumerate(lengths) if length <= limit]
@@ -445,11 +428,11 @@ ANSWERS = {
         "left": ["So it is left.", "(b) left", "(A) is wrong, so (B)", "It’s left, it isn’t right.", "B, not A",
                  "(B), because what is on the right is the table", "left-hand side", "left (not right)", "b",
                  "Not right but left.", "left instead of right", "**B** is correct", "The right answer is left.",
-                 "Right? No, left.", "I'd choose (B).", "I choose B", "B is correct.", "Therefore, B", "Left. The table is right.", "# Answer\nB",
+                 "Right? No, left.", "I'd choose (B).", "I choose B", "B is correct.", "Therefore, B", "# Answer\nB",
                  "Answer: A ... wait ... the final answer is B", "(A) right (B) left\nIt stands left.",
                  "Since right is taken, the answer is left.", "The table is on the right.\n\n(B)"],
-        "": ["Either left or right.", "It can't be left", "It is leftmost", "(b) right", "B or A", "<answer>le ft</answer>",
-             "It is not left.", "It isn't (B)", "Option B is incorrect", "C", "The answer is not B.",
+        "": ["Either left or right.", "It can't be left", "It is leftmost", "(b) right", "B or A",
+             "<answer>le ft</answer>", "It is not left.", "It isn't (B)", "Option B is incorrect", "C", "The answer is not B.",
              "left and right", "We can rule out B.", "It might be left.", "Is it left?",
              "There is no lamp on the left.", "left, possibly right", "Not (B)."]},
     "cat/dog": {
@@ -547,15 +530,13 @@ def test_rewards_are_told_lengths_limits_and_the_data_row_and_must_be_finite_num
         stops("reward mine finite", rewarded, "accuracy,mine", ["a", "b"])
 
 
-# ---- Step 4: the advantages ------------------------------------------------------------------------------
-
 def test_group_advantages_by_hand():
     rewards = torch.tensor([0., 0, 1, 1, 2, 1, 1, 0, 1, 1, 1, 1], dtype=torch.float64)  # three groups of four
     centred = torch.tensor([-.5, -.5, .5, .5, 1, 0, 0, -1, 0, 0, 0, 0], dtype=torch.float64)
     std = torch.tensor([1 / 3, 2 / 3, 1]).double().sqrt().repeat_interleave(4)  # unbiased: divided by G - 1
     torch.testing.assert_close(g.group_advantages(rewards, 4), centred / (std + 1e-4), rtol=1e-6, atol=0)
     torch.testing.assert_close(g.group_advantages(rewards, 4, scale_rewards=False), centred)
-    for value, n in itertools.product([0.0, 0.1, 1 / 3, 1.1, 1e6 + 0.1], [2, 3, 7, 8]):
+    for value, n in (0.1, 3), (1 / 3, 7), (1e6 + 0.1, 8):
         assert (g.group_advantages(torch.full((3 * n,), value), n) == 0).all()  # no spread: exactly 0
 
 
@@ -625,24 +606,6 @@ def test_each_process_and_step_draws_for_itself(world):
         return g.draw_completions(run, g.Config(num_generations=G, max_completion_length=9), step, batch).texts
 
     assert drawn(0, 0) == drawn(0, 0) and len({*map(tuple, (drawn(0, 0), drawn(1, 0), drawn(0, 1)))}) == 3
-
-
-# ---- Step 6: the loss and the update ---------------------------------------------------------------------
-
-def test_grpo_loss_by_hand():
-    ratio = torch.tensor([[1, 1.5, 0.5], [1.5, 0.5, 9], [2, 9, 9], [1, 1, 1]]).double()  # 9: masked
-    mask = torch.tensor([[1, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]]).bool()
-    A, logps = torch.tensor([1, -1, 2, 0]).double(), torch.full((4, 3), -2).double()
-    weights = g.weigh_tokens(mask.sum(1), mask.any(1), g.Config())
-    old, ref = logps - ratio.log(), logps + torch.tensor([[0, 0, 0]] * 3 + [[math.log(2), 0, 0]])
-    loss, kl, clipped = g.grpo_loss(logps, old, ref, A, weights, mask, 0.2, None, 0.1)
-    rows = [-(1 + 1.2 + 0.5) / 3, (1.5 + 0.8) / 2, -2.4 / 1, 0.1 * (2 - math.log(2) - 1) / 3]
-    assert loss.item() == pytest.approx(sum(rows) / 4, abs=1e-7)
-    assert kl[3, 0].item() == pytest.approx(1 - math.log(2)) and kl.sum() == kl[3, 0]
-    assert (clipped & mask).nonzero().tolist() == [[0, 1], [1, 1], [2, 0]]
-    loss, _, clipped = g.grpo_loss(logps, old, ref, A, weights, mask, 0.2, 0.6, 0.1)  # 1.5 < 1.6 < 2
-    assert loss.item() == pytest.approx((sum(rows) - 0.3 / 3 - (3.2 - 2.4)) / 4, abs=1e-7)
-    assert (clipped & mask).nonzero().tolist() == [[1, 1], [2, 0]]
 
 
 def test_the_gradient_of_k3_is_that_of_the_other_kl():
@@ -825,17 +788,12 @@ def test_gradients_of_many_backwards_add_up_in_float32(cpu_offload):
 def test_what_reaches_the_prompts_adds_up_in_float32(world, monkeypatch):
     policy = g.Policy(g.load_model(world.folder, world.tokenizer, dtype=torch.bfloat16))
     cfg, seen, backward = g.Config(num_generations=G, score_tokens=1, beta=0.0), [], torch.autograd.backward
-
-    def keep(tensors, gradients, *args, **more):
-        if isinstance(tensors, list):  # the second stage
-            seen.append(gradients)
-        backward(tensors, gradients, *args, **more)
-
-    monkeypatch.setattr(torch.autograd, "backward", keep)
+    monkeypatch.setattr(torch.autograd, "backward", lambda tensors, gradients, *args, **more: (
+        seen.append(gradients) or backward(tensors, gradients, *args, **more)))
     rollout = changed(world.rollout, sampling_logps=world.rollout.sampling_logps.float())
     for which in [torch.ones(12), *torch.eye(12)]:  # all completions; each of them alone
         g.update(policy, [world.pass_], rollout, torch.linspace(-2, 3, 12), which / 40, None, None, cfg)
-    whole, *alone = seen
+    whole, *alone = [gradients for gradients in seen if isinstance(gradients, list)]  # of the second stage
     for number, x in enumerate(whole):
         assert torch.equal(x, sum(part[number].float() for part in alone).bfloat16())
     assert not torch.equal(whole[0], sum(part[0] for part in alone))  # the control: sums in bf16
@@ -1154,10 +1112,10 @@ def test_columns_of_your_own_have_names_of_your_own(pictures, tmp_path, capsys, 
     row = {"img": "a.png", "q": "Which?", "label": "(B)", "choices": ["this", "that"], "chain": CHAIN}
     rows = [row | {"kind": "mine"}, row | {"img": ["sub/b.jpg", "a.png"]}, row | {"chain": None}]
     (pictures / "own.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    columns = "images=img,question=q, answer=label,question_type=kind,completion=chain"
     for options, answer in ("", "that"), (",options=", "(B)"):
-        flags = ["--from", pictures / "own.jsonl", "--multi_image", "--columns", columns + options]
-        found, counts, _ = prepared(Path(f"~/own{options}"), capsys, *flags)
+        columns = "images=img,question=q, answer=label,question_type=kind,completion=chain" + options
+        found, counts, _ = prepared(Path(f"~/own{options}"), capsys, "--from", pictures / "own.jsonl",
+                                    "--multi_image", "--columns", columns)
         assert counts == {"kept": 2, "empty completion": 1} and found["question_type"][:] == ["mine", None]
         assert found["answer"][:] == [answer] * 2 and found["completion"][:] == [CHAIN] * 2
 
@@ -1184,9 +1142,9 @@ def test_images_are_seen_upright_and_white_where_they_are_transparent():
     image = Image.new("RGB", (40, 24), "red")
     image.paste("blue", (0, 0, 20, 12))
     opened = lambda data: g.open_image(dict(bytes=data, path=None), "row 7")
-    seen, corners = opened(turned(image)), [(2, 2), (37, 2), (2, 21)]
+    seen = opened(turned(image))
     assert Image.open(io.BytesIO(turned(image))).size == (24, 40) and seen.size == image.size
-    for corner in corners:
+    for corner in (2, 2), (37, 2), (2, 21):
         assert seen.getpixel(corner) == pytest.approx(image.getpixel(corner), abs=40)
     image.putalpha(0)
     assert opened(encoded(image, "PNG")).getpixel((2, 2)) == (255, 255, 255)
@@ -1202,10 +1160,7 @@ def test_data_that_is_no_training_data_stops(train, sat, world, tmp_path):
         f"--data {tmp_path}/text.parquet": "text.parquet Parquet", "--max_prompt_length 3": "--max_prompt_length 3",
         f"--data {path}": "own.parquet prepare_sat.py --from"})
     assert not (tmp_path / "run").exists()
-    for answer in "a", "b":  # rewritten within a tick of the file system's clock: read as it lies there, uncached
-        write_rows(path, dict(answer=answer), dict(images=[]))
-        os.utime(path, (0, 0))
-        assert [row["answer"] for row in fitting(path, world)] == [answer, "b"]
+    write_rows(path, {}, dict(images=[]))
     stops("row 1 no image 1 process", fitting, path, world, processes=2)
 
 
@@ -1219,21 +1174,16 @@ def test_draw_walks_through_seeded_permutations():
         assert sum((g.draw_rows(rows, 0, first, size) for first in range(0, 80, size)), []) == walk
 
 
-# ---- A run -----------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="session")
-def shown():
-    """(run, what came of the step) of each step of `trained`"""
-    return []
+SHOWN = []  # (run, what came of the step) of each step of `trained`
 
 
 @pytest.fixture(scope="session")
-def trained(shown, train, cvbench, tmp_path_factory):
+def trained(train, cvbench, tmp_path_factory):
     """-> the folder of a run, evaluated on the way"""
     folder, show = tmp_path_factory.mktemp("runs") / "sat", eval_cvbench.shown_groups
     with pytest.MonkeyPatch.context() as context:
         context.setattr(eval_cvbench, "shown_groups", lambda run, step, came, after: (
-            shown.append((run, came)) or show(run, step, came, after)))
+            SHOWN.append((run, came)) or show(run, step, came, after)))
         train(folder, "--eval_steps", "2", "--eval_data", cvbench)
     return folder
 
@@ -1245,18 +1195,17 @@ def test_a_run_leaves_its_files_and_logs_every_metric_and_completion(trained, sa
     assert [(trained / f"checkpoint-{i}/state").exists() for i in (1, 2, 3)] == [False, False, True]
     metrics, samples = jsonl(trained / "metrics.jsonl", drop="-"), jsonl(trained / "completions.jsonl")
     assert [m["step"] for m in jsonl(trained / "eval.jsonl")] == [0, 2, 3] and len(samples) == 3 * 8
-    assert [m["learning_rate"] for m in metrics] == pytest.approx([1e-3, 2e-3 / 3, 1e-3 / 3])  # linear, to 0
     for step, m in enumerate(metrics, 1):
+        own = [s for s in samples if s["step"] == m["step"] == step]
+        average, rewards = lambda name: sum(s[name] for s in own) / 8, torch.tensor([s["reward"] for s in own])
         assert all(math.isfinite(value) for value in m.values())
         assert m["sampler_mismatch"] < 1e-4 and m["clip_ratio"] == 0 and m["grad_norm"] > 0
-        rewards = torch.tensor([s["reward"] for s in samples if s["step"] == m["step"] == step])
-        advantages = [s["advantage"] for s in samples if s["step"] == step]
-        average = lambda name: sum(s[name] for s in samples if s["step"] == step) / 8
         assert m == pytest.approx(m | {
             "reward": average("reward"), "rewards/letters/best": rewards.view(2, 4).amax(1).mean().item(),
             "reward_std": rewards.view(2, 4).std(1).mean().item(), "frac_reward_zero_std": 0,
-            "completions/mean_length": average("length"), "completions/clipped_ratio": 1 - average("finished")})
-        assert advantages == pytest.approx(g.group_advantages(rewards, 4).tolist(), abs=1e-3)
+            "completions/mean_length": average("length"), "completions/clipped_ratio": 1 - average("finished"),
+            "learning_rate": (4 - step) / 3 * 1e-3})  # linear, to 0
+        assert [s["advantage"] for s in own] == pytest.approx(g.group_advantages(rewards, 4).tolist(), abs=1e-3)
     assert (metrics[0]["kl"], metrics[0]["loss"]) == pytest.approx((0, 0), abs=1e-6) and metrics[2]["kl"] > 1e-6
     rows = pq.read_table(sat / "train.parquet").to_pylist()
     for s in samples:
@@ -1267,18 +1216,17 @@ def test_a_run_leaves_its_files_and_logs_every_metric_and_completion(trained, sa
 
 @pytest.mark.parametrize("name", ["checkpoint-1", "checkpoint-3", "final"])
 def test_checkpoints_are_models_for_transformers_and_servers(name, trained, world):
-    tokenizer, image_processor = g.load_processors(trained / name)
-    ours = g.load_model(trained / name, tokenizer)
-    theirs = AutoModelForImageTextToText.from_pretrained(trained / name, dtype=torch.float32).eval()
+    folder, (tokenizer, image_processor) = trained / name, g.load_processors(trained / name)
+    ours, theirs = g.load_model(folder, tokenizer), AutoModelForImageTextToText.from_pretrained(folder).eval()
     ours, theirs, start = (world.logits(model, world.each[2], range(9)) for model in (ours, theirs, world.model))
     assert (ours - theirs).abs().max() < 1e-4 < 1e-2 < (ours - start).abs().max()
-    assert weights_of(trained / name).keys() == weights_of(world.folder).keys()
+    assert weights_of(folder).keys() == weights_of(world.folder).keys()
     assert image_processor.size["longest_edge"] == 401408
-    text = json.loads((trained / name / "config.json").read_text())["text_config"]  # as transformers 4.57 reads it
+    assert tokenizer.chat_template == g.SERVED_PROMPT  # a server asks as it was trained
+    text = json.loads((folder / "config.json").read_text())["text_config"]  # as transformers 4.57 reads it
     assert text["rope_theta"] == 1e6 and text["rope_scaling"]["mrope_section"] == [1, 1, 2]
     assert "rope_parameters" not in text
-    assert tokenizer.chat_template == g.SERVED_PROMPT  # a server asks as it was trained
-    assert len(json.loads((trained / name / "generation_config.json").read_text())["eos_token_id"]) == 2
+    assert len(json.loads((folder / "generation_config.json").read_text())["eos_token_id"]) == 2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -1289,13 +1237,12 @@ def test_each_family_trains_saves_and_is_evaluated(family, worlds, train, evalua
     train(tmp_path / "grpo", *flags, "--max_steps", 2, main=recipes.main)
     sft = "--max_steps 1 --algorithm sft --freeze vision --rewards accuracy --max_completion_length 30".split()
     train(tmp_path / "sft", *flags, *sft, main=recipes.main)
-    metrics = jsonl(tmp_path / "grpo/metrics.jsonl")
+    metrics, (ours,) = (jsonl(tmp_path / name / "metrics.jsonl") for name in ("grpo", "sft"))
     assert len(metrics) == 2 and all(m["sampler_mismatch"] < 1e-4 and m["grad_norm"] > 0 for m in metrics)
-    (came,), (metrics,) = seen, jsonl(tmp_path / "sft/metrics.jsonl")
-    nll = -came.logps[came.rollout.completion_mask].mean().item()
-    assert metrics["nll"] == pytest.approx(nll, rel=1e-5) and metrics["loss"] == pytest.approx(-1)
-    assert metrics["rewards/accuracy"] == 1  # of all that was written, since no block was asked for
-    assert "<think>" not in came.batch.texts[0] and "sampler_mismatch" not in metrics
+    (came,) = seen
+    assert ours["nll"] == pytest.approx(-came.logps[came.rollout.completion_mask].mean().item(), rel=1e-5)
+    assert ours["loss"] == pytest.approx(-1) and ours["rewards/accuracy"] == 1  # of all that was written: no block
+    assert "<think>" not in came.batch.texts[0] and "sampler_mismatch" not in ours
     folders = worlds[family].folder, tmp_path / "grpo/final", tmp_path / "sft/final"
     before, after, sft = map(weights_of, folders)
     assert before.keys() == after.keys() == sft.keys()
@@ -1381,8 +1328,7 @@ def test_bf16_with_float32_weights_beside_it_trains_saves_and_resumes(bf16, trai
     step, seen = g.step_optimizer, []
 
     def watched(run, cfg):
-        before = [weight.clone() for weight in run.sampler.parameters()]
-        norm = step(run, cfg)
+        before, norm = copy.deepcopy(run.sampler).parameters(), step(run, cfg)
         pairs = [*zip(run.sampler.parameters(), run.master.parameters(), before, strict=True)]
         assert all(torch.equal(x, own.bfloat16()) and x.data_ptr() != own.data_ptr() for x, own, _ in pairs)
         assert run.policy.model is run.sampler  # what samples is what is trained
@@ -1398,9 +1344,9 @@ def test_bf16_with_float32_weights_beside_it_trains_saves_and_resumes(bf16, trai
     train(again, *flags, 2)
     g.main(["--resume", "--output_dir", str(again), "--max_steps", "3"])
     assert same_run(whole, again) and same_run(whole, offloaded)
-    assert {x.dtype for x in weights_of(again / "final").values()} == {torch.bfloat16}
     dcp_to_torch_save(again / "checkpoint-3/state", tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt")
+    assert {x.dtype for x in weights_of(again / "final").values()} == {torch.bfloat16}
     assert {x.dtype for x in state["weights"].values()} == {torch.float32}
     assert {int(moments["step"]) for moments in state["optimizer"]["state"].values()} == {6}
 
@@ -1444,8 +1390,6 @@ def test_a_disk_with_too_little_room_is_named_before_training(train, world, tmp_
     assert not list((tmp_path / "run").glob("*.json*"))
 
 
-# ---- Stopping and going on -------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_the_second_signal_and_what_comes_after_a_run_get_the_old_handler(number, small_run, tmp_path):
     got, step = [], g.train_step
@@ -1453,14 +1397,14 @@ def test_the_second_signal_and_what_comes_after_a_run_get_the_old_handler(number
     own = signal.getsignal(number)
 
     def signalled(*args):
-        os.kill(os.getpid(), number)
-        assert not got
-        os.kill(os.getpid(), number)
+        for so_far in [], [number]:
+            os.kill(os.getpid(), number)
+            assert got == so_far
         return step(*args)
 
     try:
         g.train(g.parse_config([*small_run, "--output_dir", str(tmp_path / "run")]), signalled)
-        assert got == [number] and signal.getsignal(number) == own
+        assert signal.getsignal(number) == own
     finally:
         signal.signal(number, old)
     assert [path.name for path in g.checkpoints(tmp_path / "run")] == ["checkpoint-1"]
@@ -1592,20 +1536,17 @@ def test_the_script_trains_alone_in_an_empty_folder_under_any_name(tmp_path, mon
 
 
 def test_each_script_imports_only_what_stands_below_it():
-    own = {"grpo_vision", "recipes", "prepare_sat", "eval_cvbench", "test_grpo", "make", "step", "plan"}
-
     def imported(nodes):
-        """-> own modules that are imported by these nodes of a syntax tree."""
-        found = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
-        found |= {x.name for node in nodes if isinstance(node, ast.Import) for x in node.names}
-        return own & (found | {node.args[0].value for node in nodes if isinstance(node, ast.Call)
-                               and getattr(node.func, "attr", "") == "import_module"})
+        """-> those of our modules that the import statements among nodes name, and import_module(...)"""
+        texts = [ast.unparse(x) for x in nodes if isinstance(x, (ast.Import, ast.ImportFrom, ast.Call))]
+        own = "grpo_vision|recipes|prepare_sat|eval_cvbench|test_grpo|make|step|plan"
+        return {*re.findall(rf"\b({own})\b", " ".join(x for x in texts if re.match(r"from |import |importlib\.im", x)))}
 
     for name, at_the_top, inside in [
             ("grpo_vision", set(), {"eval_cvbench"}), ("recipes", {"grpo_vision"}, set()),
             *[(name, {"grpo_vision", "recipes"}, set()) for name in ("eval_cvbench", "prepare_sat")]]:
         tree = ast.parse((g.HERE / f"{name}.py").read_text())
-        assert imported(tree.body) == at_the_top and imported([*ast.walk(tree)]) == at_the_top | inside, name
+        assert imported(tree.body) == at_the_top and imported(ast.walk(tree)) == at_the_top | inside, name
 
 
 def test_the_same_numbers_go_to_a_tracker(train, tmp_path, monkeypatch):
@@ -1730,19 +1671,18 @@ def contents(folder):
 
 def test_all_modes_are_asked_in_the_papers_words(evaluate, evaluated, worlds, tmp_path, capsys):
     ending = "\nOutput the thinking process in <think> </think> and final answer in <answer> </answer> tags."
-    user = lambda text: "<|im_start|>user\n" + g.IMAGE_TOKENS + text + "<|im_end|>\n<|im_start|>assistant\n"
-    asked = {"base-reasoning": lambda text: g.IMAGE_TOKENS + g.TEMPLATES["base"].format(question=text),
-             "base-direct": lambda text: g.IMAGE_TOKENS + g.TEMPLATES["base-direct"].format(question=text),
-             "instruct-direct": user, "instruct-reasoning": lambda text: user(text + ending)}
+    user = "<|im_start|>user\n%s{question}%s<|im_end|>\n<|im_start|>assistant\n"
+    asked = {"base-reasoning": "%s" + g.TEMPLATES["base"], "base-direct": "%s" + g.TEMPLATES["base-direct"],
+             "instruct-direct": user.replace("}%s", "}"), "instruct-reasoning": user % ("%s", ending)}
     folders = evaluate(tmp_path, "--modes", "all", "--model", worlds["qwen2_5_vl"].folder)
     printed = capsys.readouterr().out
     for word in "Count Relation Depth Distance ADE20K COCO Omni3D total 2D 3D official unparsed".split():
         assert f"| {word} " in printed
     assert folders.keys() == asked.keys() and sorted(evaluated) == ["base-direct", "base-reasoning"]
     for mode, folder in [*folders.items(), *evaluated.items()]:
-        records = jsonl(folder / "answers.jsonl")
+        records, prompt = jsonl(folder / "answers.jsonl"), asked[mode] % g.IMAGE_TOKENS
         assert [r["id"] for r in records] == [0, 1, 2, 3, 4] and {r["answer"] for r in records} == {"4"}
-        assert [r["prompt"] for r in records] == [asked[mode](cvbench_text(n)) for n in (2, 3, 6, 4, 5)]
+        assert [r["prompt"] for r in records] == [prompt.format(question=cvbench_text(n)) for n in (2, 3, 6, 4, 5)]
         assert all(r["answers"][0]["completion"].startswith("<think>") == (mode == "base-reasoning") for r in records)
 
 
@@ -1759,14 +1699,13 @@ def test_held_out_and_free_questions_are_asked_as_in_training(sat, worlds, evalu
 
 
 def test_asking_prints_the_sampled_answer(world, tmp_path, capsys):
-    ask = lambda *flags: eval_cvbench.main(["--model", world.folder, "--max_new_tokens", "5", *flags])
-    all_stop(lambda flags: ask(*flags), {"--ask ? --image none.png": "none.png", "--image a.png": "--ask",
-                                         "--ask ": "--ask", "--ask <|image_pad|>?": "--ask special --image"})
+    ask = lambda flags: eval_cvbench.main(["--model", world.folder, "--max_new_tokens", "5", *flags])
+    all_stop(ask, {"--ask ? --image none.png": "none.png", "--image a.png": "--ask", "--ask ": "--ask",
+                   "--ask <|image_pad|>?": "--ask special --image"})
     picture(84, 56).save(tmp_path / "a.png")
     said = []
     for flags in "--seed 0", "--seed 0", "--seed 1", "--temperature 0":
-        capsys.readouterr()
-        ask("--ask", "Which?", "--image", f"{tmp_path}/a.png", f"{tmp_path}/a.png", *flags.split())
+        ask(f"--ask Which? {flags} --image {tmp_path}/a.png {tmp_path}/a.png".split())
         said.append(capsys.readouterr().out)
         assert re.fullmatch(r"<think>.+\n\(cut off: .*\)\nanswer: \(no answer block\)\n", said[-1], re.DOTALL)
     assert said[0] == said[1] and len(set(said)) == 3  # the model's own generation_config has top_k 1
@@ -1792,8 +1731,8 @@ def test_scores_by_hand(cvbench, tmp_path):
     assert [scores[name].chance for name in ("Count", "Depth", "2D", "official")] == [25, 50, 25, 37.5]
     assert scores["total"].chance == pytest.approx(100 * (6 / 4 + 5 / 2) / 11)
     assert eval_cvbench.rates_of(records) == pytest.approx({
-        "unparsed": 600 / 11, "truncated": 400 / 11, "one answer block": half,
-        "reflection word": half, "mean length": 10 + 5 / 11})
+        "unparsed": 600 / 11, "truncated": 400 / 11, "one answer block": half, "reflection word": half,
+        "mean length": 10 + 5 / 11})
     eval_cvbench.append_score(tmp_path / "eval.jsonl", 7, "set", records)
     assert jsonl(tmp_path / "eval.jsonl") == [dict(
         step=7, set="set", questions=11, accuracy=pytest.approx(half), mean_length=pytest.approx(10 + 5 / 11),
@@ -1801,6 +1740,12 @@ def test_scores_by_hand(cvbench, tmp_path):
     assert eval_cvbench.smooth([0, 3, 6, 9, 0], 3) == [1.5, 3, 6, 5, 4.5]  # fewer at the ends
     chosen = [q["id"] for q in eval_cvbench.load_questions(str(cvbench), 3)]
     assert chosen == sorted(random.Random("questions").sample(range(5), 3)) != [0, 1, 2]
+    whole = [record for task, source, n in [  # the paper's rows stand beside the published number of questions
+        ("Count", "ADE20K", 633), ("Count", "COCO", 155), ("Relation", "COCO", 650), ("Depth", "Omni3D", 600),
+        ("Distance", "Omni3D", 600)] for record in graded(*[[1]] * n, task=task, source=source)]
+    *_, table = eval_cvbench.tables_of(whole)
+    assert ["base + GRPO", "59.64", "66.76", "54.16", "56.66", "59.47"] in table and len(table) == 6
+    assert table[1] == ["here", *["100.00"] * 5] and len(eval_cvbench.tables_of(whole[1:])) == 2
 
 
 def test_intervals_and_the_sign_test_by_hand():
@@ -1831,16 +1776,6 @@ def test_pass_at_k_is_the_share_of_samples_of_k_that_hold_a_right_answer():
     assert interval(graded([True] * 4, [False] * 4)) == pytest.approx(interval(graded([True], [False])))
     error = 100 * (sum((sum(rights) / 4 - 0.5) ** 2 for rights in verdicts) / 4 / 400) ** 0.5
     assert interval(graded(*verdicts * 100)) == pytest.approx((50 - 1.96 * error, 50 + 1.96 * error), abs=0.05)
-
-
-def test_the_papers_rows_need_the_published_counts():
-    of_each = {("Count", "ADE20K"): 633, ("Count", "COCO"): 155, ("Relation", "COCO"): 650,
-               ("Depth", "Omni3D"): 600, ("Distance", "Omni3D"): 600}
-    records = [record for (task, source), n in of_each.items()
-               for record in graded(*[[1]] * n, task=task, source=source)]
-    *_, table = eval_cvbench.tables_of(records)
-    assert ["base + GRPO", "59.64", "66.76", "54.16", "56.66", "59.47"] in table and len(table) == 6
-    assert table[1] == ["here", *["100.00"] * 5] and len(eval_cvbench.tables_of(records[1:])) == 2
 
 
 @pytest.mark.parametrize("flags", ["", "--num_generations 5 --temperature 1 --batch_size 10"])
@@ -1912,34 +1847,23 @@ def test_a_second_start_grades_anew_and_comparing_takes_files(evaluate, tmp_path
     all_stop(eval_cvbench.main, {f"--compare {a} {c}": "same questions", f"--compare {a} {b}.gz": "b.jsonl.gz"})
 
 
-def read_page(path):
-    """What a browser makes of a page -> its tags, each as often as it is opened, and its text."""
-    page = path.read_text()
-    assert not re.search(r"=\"(http|//)", page)
-    opened, closed = (Counter(re.findall(rf"<{slash}(\w+)", page)) for slash in ("", "/"))
-    assert (opened - closed).keys() == {"meta", "img", "br"} and not closed - opened
-    return opened, html.unescape(re.sub(r"<[^>]*>", "", page))
-
-
 def test_pages_are_self_contained_and_show_markup_as_text(cvbench, evaluated, trained, tmp_path):
     evil = "</pre></td></table><script>alert('x')</script><img src=x onerror=alert(1)> & <b> {body} %s"
     questions = [q | {"options": [evil]} for q in eval_cvbench.load_questions(str(cvbench))]
-    records = [r | {"task": "Count <i>", "answers": [r["answers"][0] | dict.fromkeys(
+    records = [r | {"task": evil, "answers": [r["answers"][0] | dict.fromkeys(
         ("completion", "extracted", "chosen"), evil)]} for r in jsonl(evaluated["base-direct"] / "answers.jsonl")]
-    for most in 2, 25:
-        eval_cvbench.write_report(tmp_path, evil, records, questions, most)
-        tags, text = read_page(tmp_path / "report.html")
-        assert tags["img"] == min(5, most) and not tags["script"] and not tags["b"] and not tags["i"]
-        assert f"5 without a right answer, {min(5, most)} of them shown" in text
-    assert text.count(evil) >= 16
     groups = [group | dict(question=evil, answer=evil, options=[evil] * 2, completions=[
         one | dict(tokens=[evil] * len(one["tokens"]), prefill=evil) for one in group["completions"]])
         for group in jsonl(trained / "rollouts.jsonl")]
     eval_cvbench.write_jsonl(tmp_path / "rollouts.jsonl", groups)
     eval_cvbench.write_rollouts(tmp_path)
-    (tags, text), (usual, _) = read_page(tmp_path / "rollouts.html"), read_page(trained / "rollouts.html")
-    assert text.count(evil) > 24 and len(usual) > 8
-    assert tags == usual  # the same elements as with harmless text
+    for most in 2, 5, 25:
+        eval_cvbench.write_report(tmp_path, evil, records, questions, most)
+        pages = [(tmp_path / name).read_text() for name in ("report.html", "rollouts.html")]
+        assert pages[0].count("<img") == min(5, most)
+        assert f"5 without a right answer, {min(5, most)} of them shown" in pages[0]
+    for page in pages:
+        assert page.count(html.escape(evil)) > 16 and "<script>" not in page and not re.search(r'="(http|//)', page)
 
 
 def test_a_run_is_drawn_again_from_its_folder_alone(trained, tmp_path):
@@ -1951,25 +1875,23 @@ def test_a_run_is_drawn_again_from_its_folder_alone(trained, tmp_path):
     all_stop(eval_cvbench.main, {f"--draw {tmp_path}/none": f"--draw {tmp_path}/none"})
 
 
-def test_the_page_says_what_the_update_did_to_each_token(world, trained, shown):
+def test_the_page_says_what_the_update_did_to_each_token(world, trained):
     """Against transformers' own model, of the start and of the checkpoint after each of the steps."""
     folders = [world.folder, *(trained / f"checkpoint-{step}" for step in (1, 2, 3))]
     models = [AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32).eval() for folder in folders]
     groups = jsonl(trained / "rollouts.jsonl")
     assert [group["step"] for group in groups] == [1, 1, 2, 2, 3, 3]  # 4, 8, ... and the last
     for group, place in zip(groups, [0, 1] * 3):
-        run, came = shown[group["step"] - 1]
+        run, came = SHOWN[group["step"] - 1]
         prompt = g.build_prompts([came.batch.texts[place]], [came.batch.images[place]], run.tokenizer,
                                  run.image_processor, world.model)
-        for one, i in zip(group["completions"], range(4 * place, 4 * place + 4), strict=True):
-            ids = came.rollout.completion_ids[i, came.rollout.completion_mask[i]]
+        for one, (_, _, ids) in zip(group["completions"], world.rows(came.rollout)[4 * place:4 * place + 4]):
             for name, number in ("reference", 0), ("before", group["step"] - 1), ("after", group["step"]):
                 with torch.no_grad():
                     expected = world.alone(models[number], prompt, ids).gather(-1, ids[:, None])[:, 0].tolist()
                 assert one[name] == pytest.approx(expected, abs=2e-4)
             assert one["tokens"] == [run.tokenizer.decode([token]) for token in ids.tolist()]
-        assert any(abs(after - before) > 1e-3 for one in group["completions"]
-                   for before, after in zip(one["before"], one["after"]))
+            assert one["after"] != pytest.approx(one["before"], abs=2e-4)
     page, first = (trained / "rollouts.html").read_text(), groups[0]["completions"][0]
     numbers = [math.exp(first[name][0]) for name in ("before", "after", "reference")]
     assert 'data-p="before: {:.3f}\nafter: {:.3f}\nreference: {:.3f}"'.format(*numbers) in page
@@ -2016,7 +1938,7 @@ TRUTHS = {  # kind of question -> its answer by the things that it names, in its
     "distance": lambda a, *two: min(two, key=lambda b: abs(a.row - b.row) + abs(a.column - b.column)).name}
 
 
-def test_toy_scenes_are_new_and_answers_true():
+def test_toy_scenes_are_new_answers_true_and_the_files_are_what_make_draws():
     rng, seen, asked = random.Random(0), set(), Counter()
     scenes = [make.draw_scene(rng, seen) for _ in range(300)]
     assert len(set(scenes)) == len(seen) == 300
@@ -2027,23 +1949,10 @@ def test_toy_scenes_are_new_and_answers_true():
             assert question.answer == TRUTHS[kind](*things) and question.options.count(question.answer) == 1
             asked[kind] += 1
     assert all(asked[kind] > 30 for kind in make.TASKS)
-
-
-def test_the_committed_toy_is_what_make_draws():
-    def with_pixels(row):
-        """Instead of a PNG, which another version of PIL may pack otherwise."""
-        image = row.pop("image", None) or row.pop("images")[0]
-        return row | dict(pixels=Image.open(io.BytesIO(image["bytes"])).tobytes())
-
-    rng, seen = random.Random(0), set()
-    drawn = [("test.parquet", make.sat_rows(512, rng, seen))]
-    drawn += [(f"cvbench/{name}", make.cvbench_rows(kinds, name, sources, 96, rng, seen))
-              for name, kinds, sources in make.CVBENCH_FILES]
-    for name, rows in [*drawn, ("train.parquet", make.sat_rows(2048, rng, seen))]:
-        made, found = [*rows], pq.read_table(g.TOY / name).to_pylist()
-        assert len(found) == len(made)
-        assert [*map(with_pixels, found[::40])] == [*map(with_pixels, made[::40])]
-    assert Image.open(g.TOY / "legend.png").tobytes() == make.paint_legend().tobytes()
+    made, found = make.sat_rows(512, random.Random(0), set()), pq.read_table(g.TOY / "test.parquet").to_pylist()
+    for one, other in zip(made, found, strict=True):  # pixels, since another version of PIL may pack a PNG otherwise
+        pixels, expected = (Image.open(io.BytesIO(row.pop("images")[0]["bytes"])).tobytes() for row in (one, other))
+        assert pixels == expected and one == other
     assert sum(path.stat().st_size for path in g.TOY.rglob("*") if path.is_file()) < 8e6
 
 
@@ -2056,20 +1965,19 @@ def test_the_toy_learns_from_its_rewards(tmp_path):
 
 def test_every_flag_metric_and_file_in_the_readmes_exists(capsys, trained):
     readmes = "".join((g.HERE / folder / "README.md").read_text() for folder in ("", "toy", "bench"))
-    flags = {"test_grpo": set()}
+    scripts = [*g.HERE.glob("bench/*.py"), *g.HERE.glob("toy/*.py")]
+    flags = {script.stem: {*re.findall(r"\W(--\w+)\b", script.read_text())} for script in scripts} | {"test_grpo": set()}
     for module in g, recipes, eval_cvbench, prepare_sat:
         with pytest.raises(SystemExit):
             module.main(["--help"])
-        flags[module.__name__] = set(re.findall(r"--\w+", capsys.readouterr().out))
-    for script in [*g.HERE.glob("bench/*.py"), *g.HERE.glob("toy/*.py")]:
-        flags[script.stem] = set(re.findall(r"\W(--\w+)\b", script.read_text()))
+        flags[module.__name__] = {*re.findall(r"--\w+", capsys.readouterr().out)}
     flags["plan"] |= flags["grpo_vision"]
     commands = re.findall(r"(\w+)\.py\b([^`#|]*?)(?=[`#|\n])", readmes.replace("\\\n", ""))
     assert len(commands) > 40
     for script, rest in commands:
-        assert set(re.findall(r"--[a-z]\w+", rest)) <= flags[script.replace("my_run", "grpo_vision")], rest
-    launchers = "--multi_gpu --num_processes --num_machines --machine_rank --main_process_ip --main_process_port".split()
-    assert set(re.findall(r"(?<![\w-])--[a-z]\w+", readmes)) <= set().union(launchers, *flags.values())
+        assert {*re.findall(r"--[a-z]\w+", rest)} <= flags[script.replace("my_run", "grpo_vision")], rest
+    launchers = {"--multi_gpu", "--machine_rank", *re.findall(r"--num_\w+|--main_process_\w+", readmes)}
+    assert {*re.findall(r"(?<![\w-])--[a-z]\w+", readmes)} <= launchers.union(*flags.values())
     healthy = re.findall(r"^\| (`.*?) \|", readmes.split("## Is it healthy?")[1].split("\n## ")[0], re.MULTILINE)
     logged = jsonl(trained / "metrics.jsonl", drop="rewards/")[0].keys() - {"step"}
-    assert set(re.findall(r"`([a-z_/]+)`", " ".join(healthy))) == logged
+    assert {*re.findall(r"`([a-z_/]+)`", " ".join(healthy))} == logged
