@@ -130,7 +130,6 @@ class World:
         self.images = [[picture(*size, seed=i) for size in sizes] for i, (_, sizes) in enumerate(rows)]
         self.each = [self.build([i]) for i in range(4)]
         self.pass_, self.two_passes = self.build(range(4)), [self.build([0, 1]), self.build([2, 3], first=2)]
-        assert len(set(self.pass_.lengths.tolist())) == 4
         self.rollout = g.sample(self.model, [self.pass_], G, 9, 1.0, seed(3))
         assert len(set(self.rollout.lengths.tolist())) > 3 and 0 < self.rollout.finished.sum() < 12
 
@@ -138,28 +137,25 @@ class World:
         texts, images = ([x[i] for i in which] for x in (self.texts, self.images))
         return g.build_prompts(texts, images, self.tokenizer, self.image_processor, self.model, first)
 
-    def rows(self, rollout=None, G=G):
-        """-> for each row: its number, its prompt's, its completion ids without padding."""
+    def completions(self, rollout=None):
+        """-> of each completion the ids without padding"""
         rollout = rollout or self.rollout
-        rows = zip(rollout.completion_ids, rollout.completion_mask)
-        return [(i, i // G, ids[mask]) for i, (ids, mask) in enumerate(rows)]
-
-    def inputs(self, model, prompt, completion=()):
-        """Arguments for transformers' own forward and generate: prompt and completion in one sequence."""
-        model.model.rope_deltas = None  # left over from the last call
-        ids = torch.cat([prompt.input_ids, torch.as_tensor(completion, dtype=torch.long)[None]], 1)
-        types = (ids == self.model.config.image_token_id).int()
-        pixels = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
-        return dict(input_ids=ids, mm_token_type_ids=types, **pixels if prompt.pixel_values is not None else {})
+        return [ids[mask] for ids, mask in zip(rollout.completion_ids, rollout.completion_mask)]
 
     def logits(self, model, prompt, completion):
         """The usual way: one row, one sequence, transformers' forward -> (C, V), before each token."""
-        logits = model(**self.inputs(model, prompt, completion)).logits
-        return logits[0, prompt.input_ids.shape[1] - 1:-1]
+        model.model.rope_deltas = None  # left over from the last call
+        ids = torch.cat([prompt.input_ids, torch.as_tensor(completion)[None]], 1)
+        types = (ids == self.model.config.image_token_id).int()
+        pixels = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid_thw)
+        pixels = {} if prompt.pixel_values is None else pixels
+        return model(input_ids=ids, mm_token_type_ids=types, **pixels).logits[0, prompt.input_ids.shape[1] - 1:-1]
 
     def alone(self, model, prompt, completion, temperature=1.0):
+        """-> (C, V) log-probabilities before each token, and (C,) those of the tokens"""
         logits = self.logits(model, prompt, completion) / temperature
-        return logits.masked_fill(self.model.suppressed, -1e30).log_softmax(-1)
+        logps = logits.masked_fill(self.model.suppressed, -1e30).log_softmax(-1)
+        return logps, logps.gather(-1, completion[:, None])[:, 0]
 
     def reference_logps(self, passes, rollout=None, **settings):
         cfg = g.Config(**{"num_generations": G, "score_tokens": 30, **settings})
@@ -501,15 +497,14 @@ def test_the_table_of_mathematics():
         assert recipes.hard_reward(**said) == earned
 
 
-@pytest.mark.parametrize("end", ["", "<|im_end|>", "<|endoftext|>", "<|im_end|><|endoftext|>"])
-def test_think_is_put_back_once_and_end_tokens_are_not_in_the_way(end, world):
+def test_think_is_put_back_once_and_end_tokens_are_not_in_the_way(world):
     said = " left , right . It 's  two\n</think> <answer> left </answer>"
-    ids = torch.tensor(world.tokenizer(said + end).input_ids)
-    assert g.completion_text(g.TEMPLATES["base-direct"], ids, world.tokenizer) == said
-    for prompt in g.TEMPLATES["base"], "<|im_start|>assistant\n<think>\n":  # the latter of a thinking model
-        text = g.completion_text(prompt, ids, world.tokenizer)
-        assert text == re.search(r"<think>\s*", prompt)[0] + said
-        assert g.format_reward(text) == g.accuracy_reward(text, "left", OPTIONS) == 1
+    for end in "", "<|im_end|>", "<|endoftext|>", "<|im_end|><|endoftext|>":
+        ids = torch.tensor(world.tokenizer(said + end).input_ids)
+        assert g.completion_text(g.TEMPLATES["base-direct"], ids, world.tokenizer) == said
+        for prompt, think in (g.TEMPLATES["base"], "<think>"), ("<|im_start|>assistant\n<think>\n", "<think>\n"):
+            text = g.completion_text(prompt, ids, world.tokenizer)  # the latter prompt is of a thinking model
+            assert text == think + said and g.format_reward(text) == g.accuracy_reward(text, "left", OPTIONS) == 1
 
 
 def rewarded(names, texts, **more):
@@ -568,18 +563,18 @@ def test_what_is_sampled_is_what_is_scored_and_greedy_is_the_likeliest(family, w
         gap = lambda logps: ((rollout.sampling_logps - logps) * rollout.completion_mask).abs().max()
         score = lambda temperature: world.reference_logps([world.pass_], rollout, temperature=temperature)
         assert gap(score(temperature)) < 1e-9 and gap(score(1.3)) > 0.01
-    for i, _, ids in world.rows():
-        ended = [token in ENDS for token in ids.tolist()]
-        assert not any(ended[:-1]) and ended[-1] == world.rollout.finished[i] and (ended[-1] or len(ids) == 9)
-        assert (world.rollout.completion_ids[i, len(ids):] == ENDS[0]).all() and not world.model.suppressed[ids].any()
     assert sizes[0] == 12 > min(sizes)  # rows that have ended leave
+    for ids, finished, padded in zip(world.completions(), world.rollout.finished, world.rollout.completion_ids):
+        ended = [token in ENDS for token in ids.tolist()]
+        assert not any(ended[:-1]) and ended[-1] == finished and (finished or len(ids) == 9)
+        assert (padded[len(ids):] == ENDS[0]).all() and not world.model.suppressed[ids].any()
     assert torch.equal(draw(3).completion_ids, world.rollout.completion_ids)
     assert not torch.equal(draw(7).completion_ids, world.rollout.completion_ids)
     # the model's own generation_config, with its top_k of 1, is not heeded
     assert world.model.generation_config.top_k == 1 and len(world.rollout.completion_ids.unique(dim=0)) > 8
-    for _, group, ids in world.rows(g.sample(world.model, world.two_passes, 1, 12, 0), 1):
+    for ids, prompt in zip(world.completions(g.sample(world.model, world.two_passes, 1, 12, 0)), world.each):
         with torch.no_grad():
-            assert torch.equal(world.alone(world.stock, world.each[group], ids).argmax(-1), ids)
+            assert torch.equal(world.alone(world.stock, prompt, ids)[0].argmax(-1), ids)
 
 
 def test_a_draw_among_150000_unlikely_tokens_finds_each_of_them(world, monkeypatch):
@@ -666,32 +661,29 @@ def test_scores_and_gradients_equal_those_of_the_stock_model(family, frozen, wor
     old, ref = rollout.sampling_logps + 0.3 * torch.randn(2, *rollout.completion_ids.shape).double()
     advantages, loss, entropy, clips = torch.linspace(-2, 3, 12).double(), 0.0, 0.0, 0
     model, usual = copy.deepcopy(world.model), copy.deepcopy(world.stock)
-    if frozen:
-        for one in model, usual:
-            getattr(one.model, frozen).requires_grad_(False)
+    for one in (model, usual) if frozen else ():
+        getattr(one.model, frozen).requires_grad_(False)
     gradients = lambda passes, cfg=cfg: world.gradients(passes, advantages, ref, old, cfg, model=model)
     logps, sums, ours = gradients([one_pass])
-    for i, group, ids in world.rows():
-        distribution, C, A = world.alone(usual, world.each[group], ids, 0.7), len(ids), advantages[i]
-        row = distribution.gather(-1, ids[:, None])[:, 0]
-        assert (logps[i, :C] - row).abs().max() < 1e-9
+    for i, (ids, A) in enumerate(zip(world.completions(), advantages)):
+        (distribution, row), C = world.alone(usual, world.each[i // G], ids, 0.7), len(ids)
+        assert (logps[i, :C] - row).abs().max() < 1e-9 and (logps[i, C:] == 0).all()
         ratio, log_ratio = (row - old[i, :C]).exp(), ref[i, :C] - row
         surrogate = torch.minimum(ratio * A, ratio.clamp(0.8, 1.28) * A)
         clips += (surrogate < ratio * A).sum().item()
         loss = loss + (-surrogate + 0.3 * (log_ratio.exp() - log_ratio - 1)).mean() / 12
         entropy -= (distribution.exp() * distribution).sum().item()
     loss.backward()
-    assert 0 < sums["clip_ratio"] == clips < rollout.completion_mask.sum() and (logps[~rollout.completion_mask] == 0).all()
     assert sums["loss"] == pytest.approx(loss.item(), abs=1e-9) and sums["entropy"] == pytest.approx(entropy)
+    assert 0 < sums["clip_ratio"] == clips < rollout.completion_mask.sum()
     theirs = {name: p.grad for name, p in usual.named_parameters() if p.requires_grad}
     assert {name for name, x in ours.items() if x is not None} == theirs.keys()
     assert all(x.norm() > 1e-6 for x in theirs.values())
     error = lambda found: [((found[name] - x).norm() / x.norm()).item() for name, x in theirs.items()]
-    assert max(error(ours)) < 1e-6
+    assert max(error(ours)) < 1e-6 and max(error(gradients(world.two_passes)[2])) < 1e-6
     recomputed = gradients([one_pass], g.Config(**{**vars(cfg), "gradient_checkpointing": True}))
     assert torch.equal(recomputed[0], logps) and recomputed[1] == sums  # bit-equal with checkpointing
     assert all(torch.equal(recomputed[2][name], ours[name]) for name in theirs)
-    assert max(error(gradients(world.two_passes)[2])) < 1e-6
     assert (world.reference_logps(world.two_passes, temperature=0.7) - logps).abs().max() < 1e-9
     shifted = changed(one_pass, next_position=one_pass.lengths)  # a control: positions that go on at P
     assert min(error(gradients([shifted])[2])) > 1e-3
@@ -719,7 +711,7 @@ def test_the_readmes_naive_step_has_the_gradients_of_train_step(world, small_run
                    for prompt in prompts]
         optimizer = SimpleNamespace(step=lambda: keep(policy), zero_grad=policy.zero_grad)
         for beta in cfg.beta, 0.0:
-            drawn = (ids for _, _, ids in world.rows(came.rollout))
+            drawn = iter(world.completions(came.rollout))
             R = iter(sum(came.rewards.values()).tolist())
             readme["naive_step"](policy, reference, optimizer, prompts, lambda *_: next(drawn), lambda *_: next(R),
                                  cfg.num_generations, beta)
@@ -746,7 +738,7 @@ def test_sft_is_cross_entropy(world):
     rollout.sampling_logps = rollout.sampling_logps.double()
     usual, ones = copy.deepcopy(world.stock), torch.ones(2).double()
     logps, _, ours = world.gradients([world.build([2, 1])], ones, None, None, cfg, rollout)
-    nll = -sum(world.alone(usual, world.each[i], ids).gather(-1, ids[:, None]).sum() for i, ids in zip((2, 1), targets))
+    nll = -sum(world.alone(usual, world.each[i], ids)[1].sum() for i, ids in zip((2, 1), targets))
     assert -logps.sum().item() == pytest.approx(nll.item())
     (nll / rollout.completion_mask.sum()).backward()
     assert all((ours[name] - p.grad).norm() < 1e-9 * p.grad.norm() for name, p in usual.named_parameters())
@@ -1218,7 +1210,7 @@ def test_a_run_leaves_its_files_and_logs_every_metric_and_completion(trained, sa
 def test_checkpoints_are_models_for_transformers_and_servers(name, trained, world):
     folder, (tokenizer, image_processor) = trained / name, g.load_processors(trained / name)
     ours, theirs = g.load_model(folder, tokenizer), AutoModelForImageTextToText.from_pretrained(folder).eval()
-    ours, theirs, start = (world.logits(model, world.each[2], range(9)) for model in (ours, theirs, world.model))
+    ours, theirs, start = (world.logits(model, world.each[2], [*range(9)]) for model in (ours, theirs, world.model))
     assert (ours - theirs).abs().max() < 1e-4 < 1e-2 < (ours - start).abs().max()
     assert weights_of(folder).keys() == weights_of(world.folder).keys()
     assert image_processor.size["longest_edge"] == 401408
@@ -1312,16 +1304,15 @@ def test_launches_that_would_train_alone_or_otherwise_stop(train, evaluate, tmp_
 
 
 def test_beta_0_loads_no_reference_and_later_iterations_clip(train, tmp_path, monkeypatch):
-    load = Mock(wraps=g.load_model)
-    monkeypatch.setattr(g, "load_model", load)
+    monkeypatch.setattr(g, "load_model", Mock(wraps=g.load_model))
     train(tmp_path / "a", *"--beta 0 --max_steps 2 --num_iterations 3 --learning_rate 0.01 --epsilon 0.05".split())
-    assert load.call_count == 1
+    assert g.load_model.call_count == 1
     assert all(m["kl"] == 0 and m["clip_ratio"] > 0 and m["sampler_mismatch"] < 1e-4
                for m in jsonl(tmp_path / "a/metrics.jsonl"))
     for norm in "0", "1e9", "1e-9":
         train(tmp_path / norm, "--max_steps", 1, "--max_grad_norm", norm, "--beta", 0)
-    assert same_weights(tmp_path / "0/final", tmp_path / "1e9/final")  # 0: never clipped
-    assert not same_weights(tmp_path / "0/final", tmp_path / "1e-9/final")
+    equal = [same_weights(tmp_path / "0/final", tmp_path / f"{norm}/final") for norm in ("1e9", "1e-9")]
+    assert equal == [True, False]  # 0: never clipped
 
 
 def test_bf16_with_float32_weights_beside_it_trains_saves_and_resumes(bf16, train, tmp_path, monkeypatch):
@@ -1377,11 +1368,10 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(train, t
 
 def test_a_disk_with_too_little_room_is_named_before_training(train, world, tmp_path, monkeypatch):
     run = SimpleNamespace(output_dir=tmp_path, sampler=g.load_model(world.folder, world.tokenizer))
-    weights = run.sampler.num_parameters()
     for steps, done, limit, models, states in [  # models and state/ that the rest of the run has on the disk
             (3, 0, None, 3 + 1, 2), (3, 2, None, 1 + 1, 1), (3, 0, 1, 1 + 1, 2), (3, 0, 9, 3 + 1, 2)]:
         cfg = g.Config(max_steps=steps, save_steps=1, save_total_limit=limit)
-        room = SimpleNamespace(free=weights * (4 * models + 12 * states))
+        room = SimpleNamespace(free=run.sampler.num_parameters() * (4 * models + 12 * states))
         monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
         g.check_disk(run, cfg, done)
         room.free -= 1
@@ -1885,11 +1875,11 @@ def test_the_page_says_what_the_update_did_to_each_token(world, trained):
         run, came = SHOWN[group["step"] - 1]
         prompt = g.build_prompts([came.batch.texts[place]], [came.batch.images[place]], run.tokenizer,
                                  run.image_processor, world.model)
-        for one, (_, _, ids) in zip(group["completions"], world.rows(came.rollout)[4 * place:4 * place + 4]):
+        for one, ids in zip(group["completions"], world.completions(came.rollout)[4 * place:4 * place + 4]):
             for name, number in ("reference", 0), ("before", group["step"] - 1), ("after", group["step"]):
                 with torch.no_grad():
-                    expected = world.alone(models[number], prompt, ids).gather(-1, ids[:, None])[:, 0].tolist()
-                assert one[name] == pytest.approx(expected, abs=2e-4)
+                    _, expected = world.alone(models[number], prompt, ids)
+                assert one[name] == pytest.approx(expected.tolist(), abs=2e-4)
             assert one["tokens"] == [run.tokenizer.decode([token]) for token in ids.tolist()]
             assert one["after"] != pytest.approx(one["before"], abs=2e-4)
     page, first = (trained / "rollouts.html").read_text(), groups[0]["completions"][0]
