@@ -409,33 +409,33 @@ def test_rewards_of_completions():
 # options -> {the one that a reply chooses in evaluation, or none: replies}
 ANSWERS = {
     "2/3/4": {
-        "4": ["(C)", "c)", "<b>C</b>", "4.0", "four", "Answer: C", "<answer>2</answer> wait <answer>4</answer>",
+        "4": ["(C)", "c)", "<b>C</b>", "four", "Answer: C", "<answer>2</answer> wait <answer>4</answer>",
               "<think> not 2, not 3 </think> <answer>(C)", "The answer is C, as I counted them.", "\\boxed{C}",
-              "(A) 2? No. The answer is (C) 4.", "There are four chairs.", "**C**", "Answer: **C**", "2 + 2 = 4",
-              "【C】", "（C）4", "Two left, two right, so four.", "(A) 2\n(B) 3\n(C) 4\n\nC", "I count 4, not 3.",
+              "(A) 2? No. The answer is (C) 4.", "There are four chairs.", "Answer: **C**", "2 + 2 = 4", "【C】",
+              "Two left, two right, so four.", "(A) 2\n(B) 3\n(C) 4\n\nC", "I count 4, not 3.",
               "2 on the left, 2 on the right. The total is: 4", "4 (2 brown, 2 black)", "The left one has 4."],
         "3": ["Option B", "b. 3", "\\boxed{\\text{B}}", "$3$", "(A) and (C) are wrong.\n\n**B**"],
         "2": ["<think> there are 2 on the left and", "(A) 2\n(B) 3\n(C) 4\nThere are 2.", "Answer: A. 2"],
-        "": ["The answer is a matter of taste.", "There are 14 chairs, or 4.5.", "", "...", "(A) or (C)", "(D)",
+        "": ["The answer is a matter of taste.", "There are 14 chairs, or 4.5.", "", "...", "(D)",
              "The answer is (A) or (C).", "**A** or **C**", "-3", "<answer></answer>", "3%", "(C) 3", "3/4", ".3",
-             "2-3", "twenty-three", "three hundred", "three-legged", "more than 3", "3 or 5",
-             "(A) 2\n(B) 3\n(C) 4", "3, maybe 4", "4? 3?", "Answer: (C) 2"]},
+             "2-3", "twenty-three", "three hundred", "more than 3", "3 or 5", "(A) 2\n(B) 3\n(C) 4", "3, maybe 4",
+             "4? 3?", "Answer: (C) 2"]},
     "right/left": {
-        "left": ["So it is left.", "(b) left", "(A) is wrong, so (B)", "It’s left, it isn’t right.", "B, not A",
-                 "(B), because what is on the right is the table", "left-hand side", "left (not right)", "b",
-                 "Not right but left.", "left instead of right", "**B** is correct", "The right answer is left.",
-                 "Right? No, left.", "I'd choose (B).", "I choose B", "B is correct.", "Therefore, B", "# Answer\nB",
-                 "Answer: A ... wait ... the final answer is B", "(A) right (B) left\nIt stands left.",
-                 "Since right is taken, the answer is left.", "The table is on the right.\n\n(B)"],
+        "left": ["(b) left", "(A) is wrong, so (B)", "It’s left, it isn’t right.", "B, not A",
+                 "(B), because what is on the right is the table", "left-hand side", "b", "left instead of right",
+                 "**B** is correct", "The right answer is left.", "Right? No, left.", "I'd choose (B).", "I choose B",
+                 "B is correct.", "Therefore, B", "# Answer\nB", "Answer: A ... wait ... the final answer is B",
+                 "(A) right (B) left\nIt stands left.", "Since right is taken, the answer is left.",
+                 "The table is on the right.\n\n(B)"],
         "": ["Either left or right.", "It can't be left", "It is leftmost", "(b) right", "B or A",
-             "<answer>le ft</answer>", "It is not left.", "It isn't (B)", "Option B is incorrect", "C", "The answer is not B.",
-             "left and right", "We can rule out B.", "It might be left.", "Is it left?",
+             "<answer>le ft</answer>", "It is not left.", "It isn't (B)", "Option B is incorrect", "C",
+             "The answer is not B.", "We can rule out B.", "It might be left.", "Is it left?",
              "There is no lamp on the left.", "left, possibly right", "Not (B)."]},
     "cat/dog": {
         "cat": ["The answer is (A) cat. The dog is farther.", "A cat.", "A because of size", "Point A is closer.",
-                "The cat is closer, while the dog is farther.", "Cat - the dog is far", "Dog. Wait, cat."],
+                "The cat is closer, while the dog is farther.", "Dog. Wait, cat."],
         "dog": ["The answer is a dog.", "A cat? No, a dog.", "The cat is far, so the dog."],
-        "": ["A dog or a cat", "cats", "hotdog", "A matter of taste", "The cat and the dog", "B. cat",
+        "": ["A dog or a cat", "cats", "hotdog", "The cat and the dog", "B. cat",
              "- **A. cat**: far\n- **B. dog**: near"]},
     "no, it would stay the same/no/yes": {
         "no, it would stay the same": ["I think no, it would stay the same", "A"], "no": ["no", "The answer is no."],
@@ -443,11 +443,13 @@ ANSWERS = {
     "moving/not moving/cannot tell/neither": {
         "moving": ["It is moving."], "not moving": ["It is not moving."], "cannot tell": ["I cannot tell."],
         "neither": ["The answer is neither", "D"], "": ["moving or not moving"]},
-    "x/A/B": {"x": ["x", "(A)"], "A": ["A."], "B": ["The answer is B", "(C)"]},  # an option's text goes before
+    "x/A/B": {
+        "x": ["x", "(A)"], "A": ["A."], "B": ["The answer is B", "(C)"]},
     "car/bus/truck/van": {
         "truck": ["It is not the car, the bus or the van, it's the truck.", "A, B and D are wrong, so C."],
         "": ["A, C", "(A, C)", "vans", "E", "a car, a van"]},
-    "(/\\/[a-z": {"\\": ["It is \\ there."], "(": ["("], "": ["It is ( or \\", "²", "\0", "é" * 500]}}
+    "(/\\/[a-z": {
+        "\\": ["It is \\ there."], "(": ["("], "": ["It is ( or \\", "²", "\0", "é" * 500]}}
 # a free answer -> replies that are right, and replies that are not
 FREE_ANSWERS = {
     "yes": (["Yes, it is.", "**Yes**", "The answer is yes."], ["No, it is not.", "yes or no", "A"]),
@@ -603,18 +605,6 @@ def test_each_process_and_step_draws_for_itself(world):
     assert drawn(0, 0) == drawn(0, 0) and len({*map(tuple, (drawn(0, 0), drawn(1, 0), drawn(0, 1)))}) == 3
 
 
-def test_the_gradient_of_k3_is_that_of_the_other_kl():
-    logits = torch.tensor([0.3, -1.2, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
-    logps, ref = logits.log_softmax(0), torch.tensor([-0.5, 0.4, 0.2, 1.0]).double().log_softmax(0)
-    pi, zeros, mask = logps.exp(), torch.zeros(4).double(), torch.ones(4, 1).bool()
-    # each possible token is a completion, with its probability as weight
-    k3, *_ = g.grpo_loss(logps[:, None], logps.detach()[:, None], ref[:, None], zeros, pi.detach(), mask, 0.2, None, 1)
-    kl, other = (pi * (logps - ref)).sum(), (ref.exp() * (ref - logps)).sum()  # of pi from ref; of ref from pi
-    gradients = [torch.autograd.grad(x, logits, retain_graph=True)[0] for x in (k3, kl, other)]
-    assert k3.item() == pytest.approx(kl.item(), abs=1e-12)
-    assert torch.allclose(gradients[0], gradients[2], atol=1e-12) and not torch.allclose(*gradients[:2], atol=0.05)
-
-
 def test_the_group_worked_in_the_readme():
     section = (g.HERE / "README.md").read_text().split("### One real group")[1].split("\n## ")[0]
     rows = re.findall(r"^\| `(.*)` \| (\d) \| (\d) \| (\d) \| (.*) \|$", section, re.MULTILINE)
@@ -689,37 +679,33 @@ def test_scores_and_gradients_equal_those_of_the_stock_model(family, frozen, wor
     assert min(error(gradients([shifted])[2])) > 1e-3
 
 
-def test_the_readmes_naive_step_has_the_gradients_of_train_step(world, small_run, tmp_path):
-    """From the same weights, on the same completions, in float64 but for transformers' norms."""
+def test_the_readmes_naive_step_has_the_gradients_of_train_step(world, sat):
+    """On the same completions, in float64 but for transformers' norms and the README's float32 rewards."""
     code = re.search(r"```python\n(def naive_step.*?)```", (g.HERE / "README.md").read_text(), re.DOTALL)[1]
     exec(code, readme := {"torch": torch})
-    off = []
-
-    def step(run, cfg, number):
-        models = policy, reference = [copy.deepcopy(world.stock) for _ in range(2)]
-        for model, own in zip(models, (run.master, run.reference)):
-            g.refresh(model, own.double())
-            model.suppressed = world.model.suppressed
-        gradients = []
-        keep = lambda model: gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
-        hook = run.optimizer.register_step_pre_hook(lambda *_: keep(run.master))
-        came = g.train_step(run, cfg, number)
-        hook.remove()
-        prompts = [vars(g.build_prompts([text], [images], run.tokenizer, run.image_processor, world.model))
-                   for text, images in zip(came.batch.texts, came.batch.images)]
-        prompts = [{name: prompt[name] for name in ("input_ids", "pixel_values", "image_grid_thw")}
-                   for prompt in prompts]
-        optimizer = SimpleNamespace(step=lambda: keep(policy), zero_grad=policy.zero_grad)
-        for beta in cfg.beta, 0.0:
-            drawn = iter(world.completions(came.rollout))
-            R = iter(sum(came.rewards.values()).tolist())
-            readme["naive_step"](policy, reference, optimizer, prompts, lambda *_: next(drawn), lambda *_: next(R),
-                                 cfg.num_generations, beta)
-        off.append([((gradients[0] - naive).norm() / naive.norm()).item() for naive in gradients[1:]])
-        return came
-
-    g.train(g.parse_config([*small_run, "--output_dir", str(tmp_path), "--max_steps", "2"]), step)
-    assert max(naive for naive, _ in off) < 1e-6 and off[1][1] > 1e-2  # in the second step kl is not 0
+    own, reference = copy.deepcopy(world.model), copy.deepcopy(world.model)
+    for weight in reference.parameters():  # so that kl is not 0
+        weight.data *= 1.1
+    usual, usual_reference = copy.deepcopy(world.stock), copy.deepcopy(world.stock)
+    usual_reference.load_state_dict(reference.state_dict())
+    usual.suppressed = usual_reference.suppressed = world.model.suppressed
+    cfg = g.Config(prompts_per_step=2, num_generations=8, max_completion_length=8, rewards="accuracy,format,letters")
+    run = SimpleNamespace(
+        sampler=own, policy=g.Policy(own), master=g.Policy(own), reference=g.Policy(reference), template="base",
+        tokenizer=world.tokenizer, image_processor=world.image_processor, optimizer=Mock(param_groups=[{}]),
+        rows=fitting(sat / "train.parquet", world),
+        accelerator=Mock(num_processes=1, process_index=0, gather=lambda x: x))
+    came = g.train_step(run, cfg, 0)
+    prompts = [vars(g.build_prompts([text], [images], run.tokenizer, run.image_processor, own))
+               for text, images in zip(came.batch.texts, came.batch.images)]
+    prompts = [{name: prompt[name] for name in ("input_ids", "pixel_values", "image_grid_thw")} for prompt in prompts]
+    for beta, least, most in (cfg.beta, 0, 1e-6), (0, 1e-2, 9):  # the control: without kl
+        drawn, R = iter(world.completions(came.rollout)), iter(sum(came.rewards.values()).tolist())
+        usual.zero_grad()
+        readme["naive_step"](usual, usual_reference, Mock(), prompts, lambda *_: next(drawn), lambda *_: next(R),
+                             8, beta)
+        theirs, ours = (torch.cat([p.grad.flatten() for p in model.parameters()]) for model in (usual, own))
+        assert least <= (ours - theirs).norm() / theirs.norm() <= most
 
 
 def test_sft_is_cross_entropy(world):
@@ -818,8 +804,8 @@ def test_bad_settings_stop_with_one_sentence(tmp_path, monkeypatch):
     values = ["--rewards accuracy,style", "--num_generations 1", "--max_steps 0", "--temperature 1e-40",
               "--temperature nan", "--learning_rate inf", "--learning_rate -1", "--prompts_per_step 0",
               "--max_pixels 0", "--rewards accuracy,format --prompt base-direct", "--preset paper", "--preset sat-sft"]
-    paths = ["--data data/none", "--eval_data toy/none", f"--model_name_or_path {tmp_path}/none",
-             f"--model_name_or_path {tmp_path}/empty", "--model_name_or_path toy/base/none"]
+    paths = ["--data data/none", "--eval_data toy/none", "--data " + "x" * 300, *[f"--model_name_or_path {path}" for path in (
+        tmp_path / "none", tmp_path / "empty", "toy/base/none", "x" * 300)]]
     all_stop(g.main, {flags: flags.split()[0] for flags in values} | {flags: flags.split()[1] for flags in paths})
     for flags in "--learning_rat 1", "--max_steps many", "--loss_type ppo", "--prompt mine":
         with pytest.raises(SystemExit, match="2"):
@@ -899,7 +885,7 @@ CAT_DOG = ["cat", "dog"]
 LETTERED = [
     *[(form.split("|"), "dog", CAT_DOG, "") for form in [
         "A.cat|B.dog", "(A)cat|(B)dog", "a) cat|b) dog", "A - cat|B - dog", "A、cat|B、dog", "[A] cat|[B] dog",
-        "**A.** cat|**B.** dog", "Option A: cat|Option B: dog", "B. dog|A. cat"]],
+        "**A.** cat|**B.** dog", "Option A: cat|Option B: dog", "B. dog|A. cat", "A: cat|B: dog"]],
     (["A. -3", "B. 3"], "-3", ["-3", "3"], ""), (["A. A cat", "B. A dog"], "A dog", ["A cat", "A dog"], ""),
     (["(B)dog", "(A)cat"], "(B)dog", CAT_DOG, ""), (["cat", "<|x|>"], "cat", None, ""), (["cat"], "cat", None, ""),
     (["A. cat", "B) dog"], "B) dog", ["A. cat", "B) dog"], "B"), (["B. cat", "C. dog"], "C. dog", None, ""),
@@ -963,7 +949,7 @@ READINGS = [
 FREE = [
     ("\\boxed{3}", "3"), ("$3$", "3"), ("48/2=24 <<24+48=72>>\n#### 72", "72"), ("#### 1 #### 2", "2"),
     ("Final Answer: 3", "3"), ("<answer>Answer: \\boxed{3}</answer>", "3"), ("**3**", "3"),
-    ("<think>?</think> <answer>3</answer>", "3"), ("answer", "answer"), ("$5", "$5"), ("10 cm", "10 cm"),
+    ("<think>?</think> <answer>3</answer>", "3"), ("$5", "$5"), ("10 cm", "10 cm"),
     ("so \\frac{2}{4}, or \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("240πcm^{2}", "240πcm^{2}"), ("3/4", "3/4"),
     ("3<|im_end|>", None), ("\\boxed{3", None), ("<think> 3", None),
     ("\\boxed{1} or \\boxed{2}", None), ("<answer>1</answer> <answer>2</answer>", None), ("####", None),
@@ -1245,17 +1231,16 @@ def test_each_family_trains_saves_and_is_evaluated(family, worlds, train, evalua
 
 
 BROKEN_MODELS = [  # a file of a model, what is changed in its JSON, or its text (None: gone), words of the sentence
-    ("config.json", dict(model_type="llava"), "llava qwen2_vl qwen2_5_vl qwen3_vl"),
-    ("config.json", dict(model_type="mine"), "cannot load"), ("config.json", '{"model_type": "qwen', "cannot load"),
     ("tokenizer.json", None, "tokenizer"), ("preprocessor_config.json", None, "image processor"),
+    ("model.safetensors", None, "cannot load"), ("adapter_config.json", "{}", "adapter Merge"),
     ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "cannot load"),
     *[("config.json", dict(quantization_config=dict(quant_method=how)), "quantised bf16") for how in (
-        "fp8", "awq", "gptq", "bitsandbytes")], ("model.safetensors", None, "cannot load"),
-    ("config.json", dict(use_sliding_window=True, sliding_window=9), "sliding window"),
-    ("adapter_config.json", "{}", "adapter Merge"), ("config.json", dict(intermediate_size=96), "cannot load"),
-    ("config.json", dict(num_hidden_layers=2), "disagree layers.2"),
-    ("config.json", dict(num_hidden_layers=4), "disagree layers.3"),
-    ("config.json", dict(image_token_id=5), "disagree image_pad")]
+        "fp8", "awq", "gptq", "bitsandbytes")],
+    *[("config.json", change, words) for change, words in [
+        (dict(model_type="llava"), "llava qwen2_vl qwen2_5_vl qwen3_vl"), (dict(model_type="mine"), "cannot load"),
+        ('{"model_type": "qwen', "cannot load"), (dict(use_sliding_window=True, sliding_window=9), "sliding window"),
+        (dict(intermediate_size=96), "cannot load"), (dict(num_hidden_layers=2), "disagree layers.2"),
+        (dict(num_hidden_layers=4), "disagree layers.3"), (dict(image_token_id=5), "disagree image_pad")]]]
 
 
 def test_a_head_of_its_own_is_trained_and_saved_whatever_config_json_says(world, train, tmp_path):
@@ -1279,22 +1264,21 @@ def test_a_model_folder_that_cannot_be_trained_is_named(file, change, words, wor
     stops(str(folder), evaluate, tmp_path / "results", "--model", folder)
 
 
-LAUNCHES = {  # what a launcher leaves in the environment: words of the sentence
-    "MASTER_ADDR=10.0.0.1": "MASTER_ADDR WORLD_SIZE --multi_gpu torchrun unset", "LOCAL_RANK=0": "LOCAL_RANK",
-    "RANK=3": "RANK torchrun", "PMI_SIZE=2": "PMI_SIZE --multi_gpu", "OMPI_COMM_WORLD_SIZE=8": "OMPI_COMM_WORLD_SIZE",
-    "MV2_COMM_WORLD_SIZE=2": "MV2_COMM_WORLD_SIZE", "WORLD_SIZE=two": "WORLD_SIZE two", "WORLD_SIZE=": "WORLD_SIZE",
-    "WORLD_SIZE=-1": "WORLD_SIZE -1", "ACCELERATE_USE_DEEPSPEED=true": "ACCELERATE_USE_DEEPSPEED FSDP2 torchrun",
-    "ACCELERATE_USE_MEGATRON_LM=1": "ACCELERATE_USE_MEGATRON_LM"}
+# what a launcher leaves in the environment
+LAUNCHES = """MASTER_ADDR=10.0.0.1 LOCAL_RANK=0 RANK=3 PMI_SIZE=2 OMPI_COMM_WORLD_SIZE=8 MV2_COMM_WORLD_SIZE=2
+    WORLD_SIZE=two WORLD_SIZE= WORLD_SIZE=-1 ACCELERATE_USE_DEEPSPEED=true ACCELERATE_USE_MEGATRON_LM=1
+    ACCELERATE_USE_PARALLELISM_CONFIG=true"""
 HARMLESS = dict(ACCELERATE_MIXED_PRECISION="fp16", ACCELERATE_USE_DEEPSPEED="false", PMI_SIZE="1",
                 ACCELERATE_USE_MEGATRON_LM="")
 
 
 def test_launches_that_would_train_alone_or_otherwise_stop(train, evaluate, tmp_path, monkeypatch):
-    for variable, words in LAUNCHES.items():
-        with monkeypatch.context() as context:
-            context.setenv(*variable.split("="))
-            for program in train, evaluate:
-                stops(words, program, tmp_path / "run")
+    for name, value in (variable.split("=") for variable in LAUNCHES.split()):
+        advice = "FSDP2" if "_USE_" in name else f"WORLD_SIZE is {value if name == 'WORLD_SIZE' else 'not'} --multi_gpu"
+        monkeypatch.setenv(name, value)
+        for program in train, evaluate:
+            stops(f"{name} torchrun unset {advice}", program, tmp_path / "run")
+        monkeypatch.delenv(name)
     assert not (tmp_path / "run").exists()
     for name, value in HARMLESS.items():
         monkeypatch.setenv(name, value)
@@ -1541,14 +1525,14 @@ def test_each_script_imports_only_what_stands_below_it():
 
 def test_the_same_numbers_go_to_a_tracker(train, tmp_path, monkeypatch):
     stops("--report_to pip install wandb", train, tmp_path / "run", "--report_to", "wandb")
-    begin, log, end = (create_autospec(getattr(g.Accelerator, name)) for name in (
-        "init_trackers", "log", "end_training"))
-    for name, stand_in in dict(init_trackers=begin, log=log, end_training=end).items():
-        monkeypatch.setattr(g.Accelerator, name, stand_in)
+    calls = {name: create_autospec(getattr(g.Accelerator, name)) for name in ("init_trackers", "log", "end_training")}
+    for name, call in calls.items():
+        monkeypatch.setattr(g.Accelerator, name, call)
     train(tmp_path / "run", "--max_steps", 1)
-    assert str(begin.call_args.args[0].logging_dir) == str(tmp_path / "run") and end.call_count == 1
-    (_, metrics), at = log.call_args
+    assert str(calls["init_trackers"].call_args.args[0].logging_dir) == str(tmp_path / "run")
+    (_, metrics), at = calls["log"].call_args
     assert [metrics] == jsonl(tmp_path / "run/metrics.jsonl", drop="-") and at == dict(step=1)
+    assert calls["end_training"].call_count == 1
 
 
 # ---- One process or many ---------------------------------------------------------------------------------
@@ -1739,15 +1723,15 @@ def test_scores_by_hand(cvbench, tmp_path):
 
 
 def test_intervals_and_the_sign_test_by_hand():
+    of = lambda right, n: graded(*([i < right] for i in range(n)))  # records of n questions
     for right, low, high in (8, 49.02, 94.33), (0, 0, 27.75):  # Wilson's intervals of 8 and of 0 in 10
-        score = eval_cvbench.score_of([(1, graded(*([i < right] for i in range(10))))])
+        score = eval_cvbench.score_of([(1, of(right, 10))])
         assert (score.low, score.high) == pytest.approx((low, high), abs=0.01)
     shares = [(1 / 4, 0.9, 3000), (1 / 4, 0.8, 4000), (1 / 2, 0.2, 6000)]  # many answers: the normal interval
-    found = eval_cvbench.score_of([(weight, graded(*([i < p * n] for i in range(n)))) for weight, p, n in shares])
+    found = eval_cvbench.score_of([(weight, of(p * n, n)) for weight, p, n in shares])
     error = 100 * sum(weight**2 * p * (1 - p) / n for weight, p, n in shares) ** 0.5
     assert [found.low, found.high] == pytest.approx([52.5 - 1.96 * error, 52.5 + 1.96 * error], abs=0.02)
-    pairs = [(True, True)] * 6 + [(False, False)] * 4 + [(True, False)] * 3 + [(False, True)] * 9
-    a, b = (graded(*([pair[i]] for pair in pairs)) for i in (0, 1))
+    a, b = of(9, 22), graded(*[[1]] * 6, *[[0]] * 7, *[[1]] * 9)  # of 22 pairs 12 are unequal, 9 of them for b
     sums = [abs(sum(signs)) for signs in itertools.product((1, -1), repeat=12)]
     assert eval_cvbench.sign_test(a, b) == pytest.approx(sum(s >= 6 for s in sums) / 2**12)
     assert eval_cvbench.sign_test(a, b) == eval_cvbench.sign_test(b, a) and eval_cvbench.sign_test(a, a) == 1
@@ -1768,14 +1752,13 @@ def test_pass_at_k_is_the_share_of_samples_of_k_that_hold_a_right_answer():
     assert interval(graded(*verdicts * 100)) == pytest.approx((50 - 1.96 * error, 50 + 1.96 * error), abs=0.05)
 
 
-@pytest.mark.parametrize("flags", ["", "--num_generations 5 --temperature 1 --batch_size 10"])
-def test_a_killed_or_second_start_asks_what_is_missing(flags, evaluate, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags, n, expected", [
+    ("", 1, "base-reasoning"), ("--num_generations 5 --temperature 1 --batch_size 10", 5, "base-reasoning-pass@5")])
+def test_a_killed_or_second_start_asks_what_is_missing(flags, n, expected, evaluate, tmp_path, monkeypatch):
     (mode, folder), = evaluate(tmp_path / "whole", *flags.split()).items()
     whole, append, asked = contents(folder), eval_cvbench.append_jsonl, []
-    n, expected = (5, "base-reasoning-pass@5") if flags else (1, "base-reasoning")
-    answers = [record["answers"] for record in jsonl(folder / "answers.jsonl")]
-    assert mode == expected and [(len(some), len({a["completion"] for a in some}) > 1) for some in answers] == [
-        (n, n > 1)] * 5
+    said = [[answer["completion"] for answer in record["answers"]] for record in jsonl(folder / "answers.jsonl")]
+    assert mode == expected and [(len(some), len({*some}) > 1) for some in said] == [(n, n > 1)] * 5
 
     def killed(path, records):
         append(path, records)
@@ -1825,10 +1808,9 @@ def test_a_second_start_grades_anew_and_comparing_takes_files(evaluate, tmp_path
     assert verdicts(jsonl(file)) == [1, 1, 1, 1, 0]
     for mode, right in ("base-reasoning", [0, 1, 0, 0, 0]), ("base-direct", [0, 0, 1, 0, 0]):
         assert verdicts(eval_cvbench.with_verdicts(r | dict(mode=mode), strict=True) for r in records) == right
-    a, b, c = tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"
-    judged = lambda r, right: r | {"right": int(right)}
-    eval_cvbench.write_jsonl(a, [judged(r, r["id"] == 1) for r in records])
-    eval_cvbench.write_jsonl(b, [judged(r, r["id"] > 1) for r in records[1:]])
+    a, b, c = (tmp_path / f"{name}.jsonl" for name in "abc")
+    eval_cvbench.write_jsonl(a, [r | {"right": int(r["id"] == 1)} for r in records])
+    eval_cvbench.write_jsonl(b, [r | {"right": int(r["id"] > 1)} for r in records[1:]])
     eval_cvbench.write_jsonl(c, [r | {"question": "?"} for r in jsonl(b)])
     capsys.readouterr()
     eval_cvbench.main(["--compare", str(a), str(b)])
@@ -1918,31 +1900,14 @@ def test_evaluation_data_with_faults_stops(cvbench, evaluate, tmp_path):
     assert (one["options"], one["answer"], one["task"], len(one["images"])) == (["3", "4"], "4", "7", 2)
 
 
-# ---- The toy world ---------------------------------------------------------------------------------------
+def test_the_committed_toy_is_what_make_draws():
+    def with_pixels(row):
+        """Instead of a PNG, which another version of PIL may pack otherwise."""
+        image = row.pop("image", None) or row.pop("images")[0]
+        return row | dict(pixels=Image.open(io.BytesIO(image["bytes"])).tobytes())
 
-TRUTHS = {  # kind of question -> its answer by the things that it names, in its order
-    "left or right": lambda one, two: "left" if one.column < two.column else "right",
-    "above or below": lambda one, two: "above" if one.row < two.row else "below",
-    "closer": lambda one, two: {"near far": one, "far near": two}[f"{one.depth} {two.depth}"].name,
-    "count": lambda *things: str(len(things)),
-    "distance": lambda a, *two: min(two, key=lambda b: abs(a.row - b.row) + abs(a.column - b.column)).name}
-
-
-def test_toy_scenes_are_new_answers_true_and_the_files_are_what_make_draws():
-    rng, seen, asked = random.Random(0), set(), Counter()
-    scenes = [make.draw_scene(rng, seen) for _ in range(300)]
-    assert len(set(scenes)) == len(seen) == 300
-    for scene, kind in itertools.product(scenes, make.TASKS):
-        if question := make.ask(scene, kind, rng):
-            words = re.findall(r"\w+", question.sat)
-            things = sorted((x for x in scene if x.name in words), key=lambda x: words.index(x.name))
-            assert question.answer == TRUTHS[kind](*things) and question.options.count(question.answer) == 1
-            asked[kind] += 1
-    assert all(asked[kind] > 30 for kind in make.TASKS)
-    made, found = make.sat_rows(512, random.Random(0), set()), pq.read_table(g.TOY / "test.parquet").to_pylist()
-    for one, other in zip(made, found, strict=True):  # pixels, since another version of PIL may pack a PNG otherwise
-        pixels, expected = (Image.open(io.BytesIO(row.pop("images")[0]["bytes"])).tobytes() for row in (one, other))
-        assert pixels == expected and one == other
+    for name, rows, _ in make.sets(random.Random(0), set()):
+        assert [*map(with_pixels, rows)] == [*map(with_pixels, pq.read_table(g.TOY / name).to_pylist())]
     assert sum(path.stat().st_size for path in g.TOY.rglob("*") if path.is_file()) < 8e6
 
 
