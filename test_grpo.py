@@ -190,7 +190,6 @@ SAT_ROWS = [dict(zip(SAT_COLUMNS, row)) for row in [
     ([ONE], "How many chairs?", ["3", "1", "2", "4", "5"], "other", "3"),
     ([ONE, TWO], "Did it move?", ["no, it would not", "left by 26 degrees"], "goal_aim", "no, it would not"),
     ([HALF_A_JPEG], "Is it whole?", ["yes", "no"], "other", "no"),
-    ([NO_JPEG], "Is it a JPEG?", ["yes", "no"], "other", "no"),
     ([TWO], "Where is the lamp?", ["left", "right"], "other", "above"),
     ([TWO], "Is the lamp left or right?", ["left", "right"], "other", "right")]]
 
@@ -395,8 +394,7 @@ def test_rewards_of_completions():
         assert g.format_reward(text, **row) == form and g.accuracy_reward(text, **row) == right, text
         assert recipes.hard_reward(text, **row) == form * right and g.REWARDS["length"](text, **row) == 0.007
         assert eval_cvbench.is_right(text, OPTIONS, "left", strict=True) == right
-    assert g.accuracy_reward("Left.", template="base-direct", **row) == 1
-    assert g.accuracy_reward("Left.", **row) == 0
+    assert [g.accuracy_reward("Left.", template=x, **row) for x in ("base", "base-direct")] == [0, 1]
     assert g.choose("B", ["x", "A", "B"]) == "B" and g.choose("A", ["x", "y"]) == "x"  # text before letter
 
 
@@ -519,8 +517,7 @@ def test_rewards_are_told_lengths_limits_and_the_data_row_and_must_be_finite_num
 
 def test_group_advantages_without_the_std_and_without_spread():
     rewards = torch.tensor([0.0, 0, 1, 1, 2, 1, 1, 0])  # two groups of four
-    found = g.group_advantages(rewards, 4, scale_rewards=False)
-    assert found.tolist() == [-.5, -.5, .5, .5, 1, 0, 0, -1]
+    assert g.group_advantages(rewards, 4, scale_rewards=False).tolist() == [-.5, -.5, .5, .5, 1, 0, 0, -1]
     for value, n in (0.1, 3), (1 / 3, 7), (1e6 + 0.1, 8):
         assert (g.group_advantages(torch.full((3 * n,), value), n) == 0).all()  # no spread: exactly 0
 
@@ -780,9 +777,6 @@ def test_bad_settings_stop_with_one_sentence(tmp_path, monkeypatch):
     paths = ["--data data/none", "--eval_data toy/none", "--data " + "x" * 300]
     paths += [f"--model_name_or_path {path}" for path in (tmp_path / "empty", tmp_path / "none", "toy/none", "x" * 300)]
     all_stop(g.main, {flags: flags.split()[0] for flags in values} | {flags: flags.split()[1] for flags in paths})
-    for flags in "--learning_rat 1", "--max_steps many", "--loss_type ppo", "--prompt mine":
-        with pytest.raises(SystemExit, match="2"):
-            g.parse_config(flags.split())
     monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(num_processes=3, log_with=[]))
     stops("--prompts_per_step processes", g.make_accelerator, g.Config())
 
@@ -828,18 +822,17 @@ def sizes(row):
     return [image.size for image in row["images"]]
 
 
-@pytest.mark.parametrize("flags, kept", [([], [0, 5]), (["--multi_image"], [0, 1, 5])])
+@pytest.mark.parametrize("flags, kept", [([], [0, 4]), (["--multi_image"], [0, 1, 4])])
 def test_sat_rows_are_kept_or_skipped_for_a_reason(flags, kept, sat, tmp_path, capsys):
     rows, counts, printed = prepared(tmp_path, capsys, "--from", sat / "SAT_train.parquet", *flags)
-    assert counts == {"kept": len(kept), "missing or broken image": 2, "answer not among the options, or ambiguous": 1,
+    assert counts == {"kept": len(kept), "missing or broken image": 1, "answer not among the options, or ambiguous": 1,
                       **({} if flags else {"several images": 1})}
     assert {*rows.column_names} == prepare_sat.SAT_FEATURES.keys() and rows["source_row"][:] == kept
     for row in rows:
         images, question, options, _, answer = SAT_ROWS[row["source_row"]].values()
         assert (row["question"], row["answer"], sorted(row["options"])) == (question, answer, sorted(options))
         assert sizes(row) == [Image.open(io.BytesIO(image)).size for image in images]
-    metadata = pq.read_schema(tmp_path / "train.parquet").metadata
-    assert metadata[b"grpo_vision"] == b"checked" and b"huggingface" in metadata
+    assert {b"grpo_vision", b"huggingface"} <= pq.read_schema(tmp_path / "train.parquet").metadata.keys()
     assert "options are shuffled: in SAT's" in printed and rows["options"][0] == ["3", "1", "5", "4", "2"]
 
 
@@ -1056,10 +1049,9 @@ def test_columns_of_your_own_have_names_of_your_own(convert):
     row = {"img": ["sub/b.jpg", "a.png"], "q": "Which?", "label": "(B)", "choices": ["this", "that"], "chain": CHAIN}
     columns = "images=img,question=q, answer=label,question_type=kind,completion=chain"
     for options, answer in ("", "that"), (",options=", "(B)"):
-        rows = [row | {"kind": "mine"}, row | {"chain": None}]
-        found, counts, _ = convert(rows, "--multi_image", "--columns", columns + options)
-        assert counts == {"kept": 1, "empty completion": 1} and found["question_type"][:] == ["mine"]
-        assert found["answer"][:] == [answer] and found["completion"][:] == [CHAIN]
+        found, counts, _ = convert([row | {"kind": "mine"}], "--multi_image", "--columns", columns + options)
+        values = found["question_type"][0], found["answer"][0], found["completion"][0], len(found["images"][0])
+        assert counts == {"kept": 1} and values == ("mine", answer, CHAIN, 2)
 
 
 def test_data_that_cannot_be_prepared_stops(sat, pictures, tmp_path, monkeypatch):
@@ -1090,16 +1082,14 @@ def test_images_are_seen_upright_and_white_where_they_are_transparent():
         assert seen.getpixel(corner) == pytest.approx(image.getpixel(corner), abs=40)
     image.putalpha(0)
     assert opened(encoded(image, "PNG")).getpixel((2, 2)) == (255, 255, 255)
-    for deep, kind in (Image.new("I;16", (9, 9)), "PNG"), (Image.new("F", (9, 9)), "TIFF"):
-        stops("row 7 8 bits", opened, encoded(deep, kind))
+    stops("row 7 8 bits", opened, encoded(Image.new("I;16", (9, 9)), "PNG"))
 
 
 def test_data_that_is_no_training_data_stops(train, sat, world, tmp_path):
     path = tmp_path / "own.parquet"
     pq.write_table(pq.read_table(sat / "train.parquet").replace_schema_metadata(None), path)
-    (tmp_path / "text.parquet").write_text("question,answer\n")
     all_stop(lambda flags: train(tmp_path / "run", *flags), {
-        f"--data {tmp_path}/text.parquet": "text.parquet Parquet", "--max_prompt_length 3": "--max_prompt_length 3",
+        f"--data {g.TOY}/README.md": "README.md Parquet", "--max_prompt_length 3": "--max_prompt_length 3",
         f"--data {path}": "own.parquet prepare_sat.py --from"})
     assert not (tmp_path / "run").exists()
     write_rows(path, {}, dict(images=[]))
@@ -1167,8 +1157,7 @@ def test_checkpoints_are_models_for_transformers_and_servers(name, trained, worl
     assert image_processor.size["longest_edge"] == 401408
     assert tokenizer.chat_template == g.SERVED_PROMPT  # a server asks as it was trained
     text = json.loads((folder / "config.json").read_text())["text_config"]  # as transformers 4.57 reads it
-    assert text["rope_theta"] == 1e6 and text["rope_scaling"]["mrope_section"] == [1, 1, 2]
-    assert "rope_parameters" not in text
+    assert (text["rope_theta"], text["rope_scaling"]["mrope_section"], "rope_parameters" in text) == (1e6, [1, 1, 2], False)
     assert len(json.loads((folder / "generation_config.json").read_text())["eos_token_id"]) == 2
 
 
@@ -1188,9 +1177,9 @@ def test_each_family_trains_saves_and_is_evaluated(family, worlds, train, evalua
     assert "<think>" not in came.batch.texts[0] and "sampler_mismatch" not in ours
     folders = worlds[family].folder, tmp_path / "grpo/final", tmp_path / "sft/final"
     before, after, sft = map(weights_of, folders)
-    assert before.keys() == after.keys() == sft.keys() and ("lm_head.weight" in before) == (family == "qwen2_5_vl")
-    tied = json.loads((tmp_path / "grpo/final/config.json").read_text())["tie_word_embeddings"]
-    assert tied == ("lm_head.weight" not in before)  # whatever config.json said
+    assert before.keys() == after.keys() == sft.keys()
+    untied = '"tie_word_embeddings": false' in (tmp_path / "grpo/final/config.json").read_text()
+    assert untied == ("lm_head.weight" in before) == (family == "qwen2_5_vl")  # whatever config.json said
     moved = lambda trained: {name for name in before if not torch.equal(before[name].float(), trained[name])}
     assert len(moved(after)) > 0.9 * len(before) and moved(sft) and not any("visual" in name for name in moved(sft))
     results, = evaluate(tmp_path / "results", "--model", tmp_path / "grpo/final").values()
@@ -1317,7 +1306,6 @@ def test_a_disk_with_too_little_room_is_named_before_training(train, world, tmp_
         room.free -= 1
         stops("GB left save --save_total_limit --output_dir", g.check_disk, run, cfg, done)
     stops("GB left", train, tmp_path / "run")
-    assert not list((tmp_path / "run").glob("*.json*"))
 
 
 # ---- Stopping and going on -------------------------------------------------------------------------------
@@ -1574,8 +1562,8 @@ def test_two_processes_with_sharded_weights_equal_one_however_they_are_started(f
     x, y = (torch.load(run / "state.pt")["optimizer"]["state"] for run in (one, two))
     assert x.keys() == y.keys() and len(x) >= len(start)
     assert all(error(y[part]["exp_avg"], x[part]["exp_avg"]) < 1e-6 for part in x)  # means of the gradients
-    longer = [s["length"] > 4 for s in jsonl(two / "completions.jsonl")]
-    assert {True, False} == {*longer}  # about two images, in two chunks; about one, in one
+    # about two images, in two chunks; about one, in one
+    assert {True, False} == {s["length"] > 4 for s in jsonl(two / "completions.jsonl")}
 
 
 # ---- Evaluation ------------------------------------------------------------------------------------------
@@ -1634,7 +1622,6 @@ def test_asking_prints_the_sampled_answer(world, tmp_path, capsys):
     picture(84, 56).save(tmp_path / "a.png")
     said = []
     for flags in "--seed 0", "--seed 0", "--seed 1", "--temperature 0":
-        capsys.readouterr()
         ask(f"--ask Which? {flags} --image {tmp_path}/a.png {tmp_path}/a.png".split())
         said.append(capsys.readouterr().out)
         assert re.fullmatch(r"<think>.+\n\(cut off: .*\)\nanswer: \(no answer block\)\n", said[-1], re.DOTALL)
@@ -1657,8 +1644,8 @@ def test_scores_by_hand(cvbench, tmp_path):
     assert {name: s.value for name, s in scores.items()} == pytest.approx(
         {"Count": 400 / 6, "Depth": 20, "ADE20K": 50, "COCO": 75, "Omni3D": 20, "total": half, "2D": 62.5,
          "3D": 20, "official": 100 * ((1 / 2 + 3 / 4) / 2 + 1 / 5) / 2})
-    assert [scores[name].chance for name in ("Count", "Depth", "2D", "official")] == [25, 50, 25, 37.5]
-    assert scores["total"].chance == pytest.approx(100 * (6 / 4 + 5 / 2) / 11)
+    assert [scores[name].chance for name in ("Count", "Depth", "2D", "official", "total")] == pytest.approx(
+        [25, 50, 25, 37.5, 100 * (6 / 4 + 5 / 2) / 11])
     assert eval_cvbench.rates_of(records) == pytest.approx({
         "unparsed": 600 / 11, "truncated": 400 / 11, "one answer block": half, "reflection word": half,
         "mean length": 10 + 5 / 11})
@@ -1818,9 +1805,8 @@ def test_the_page_says_what_the_update_did_to_each_token(world, trained):
                 assert one[name] == pytest.approx(expected.tolist(), abs=2e-4)
             assert one["tokens"] == [run.tokenizer.decode([token]) for token in ids.tolist()]
             assert one["after"] != pytest.approx(one["before"], abs=2e-4)
-    page, first = (trained / "rollouts.html").read_text(), groups[0]["completions"][0]
-    numbers = [math.exp(first[name][0]) for name in ("before", "after", "reference")]
-    assert 'data-p="before: {:.3f}\nafter: {:.3f}\nreference: {:.3f}"'.format(*numbers) in page
+    shown = [f"{name}: {math.exp(groups[0]['completions'][0][name][0]):.3f}" for name in ("before", "after", "reference")]
+    assert 'data-p="{}\n{}\n{}"'.format(*shown) in (trained / "rollouts.html").read_text()
 
 
 FAULTS = [  # in a row of CV-Bench's, and words of the sentence
