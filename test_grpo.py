@@ -270,13 +270,6 @@ def weights_of(folder):
     return load_file(Path(folder) / "model.safetensors")
 
 
-def edit_weights(folder, edit):
-    """edit(weights by name) changes the weights that lie in a folder."""
-    weights = weights_of(folder)
-    edit(weights)
-    save_file(weights, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-
-
 def same_weights(one, other):
     one, other = weights_of(one), weights_of(other)
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
@@ -314,9 +307,8 @@ def test_docstring_examples():
 @pytest.mark.parametrize("images, start", [
     (0, ""), (1, g.IMAGE_TOKENS), (2, f"Picture 1: {g.IMAGE_TOKENS}Picture 2: {g.IMAGE_TOKENS}")])
 def test_a_row_becomes_the_papers_question_with_its_images_first_when_trained_and_when_served(images, start, worlds):
-    row = dict(question="Where {is} it?", options=["no, it would stay the same", "2", "3"], images=[None] * images)
-    question = ("Answer in natural language. Where {is} it? Choose between the following options: "
-                "no, it would stay the same, 2 or 3")
+    row = dict(question="Where {is} it?", options=["no, not here", "2", "3"], images=[None] * images)
+    question = "Answer in natural language. Where {is} it? Choose between the following options: no, not here, 2 or 3"
     assert g.render(row, "base", None) == start + g.TEMPLATES["base"].replace("{question}", question)
     assert g.render(row, "instruct", worlds["qwen3_vl"].tokenizer) == (
         f"<|im_start|>user\n{start}{question}  Output the thinking process in <think> </think> and final "
@@ -405,15 +397,15 @@ ANSWERS = {
               "<think> not 2, not 3 </think> <answer>(C)", "The answer is C, as I counted them.", "\\boxed{C}",
               "(A) 2? No. The answer is (C) 4.", "Answer: **C**", "2 + 2 = 4", "【C】", "Two left, two right, so four.",
               "(A) 2\n(B) 3\n(C) 4\n\nC", "2 on the left, 2 on the right. The total is: 4", "4 (2 brown, 2 black)",
-              "The left one has 4."],
+              "The left one has 4.", "four", "There are four chairs.", "c. 4", "I count 4, not 3.", "Option C: 4"],
         "3": ["Option B", "\\boxed{\\text{B}}", "$3$", "(A) and (C) are wrong.\n\n**B**"],
         "2": ["<think> there are 2 on the left and", "(A) 2\n(B) 3\n(C) 4\nThere are 2.", "Answer: A. 2"],
         "": ["The answer is a matter of taste.", "There are 14 chairs, or 4.5.", "", "...", "(D)",
              "The answer is (A) or (C).", "**A** or **C**", "-3", "<answer></answer>", "3%", "(C) 3", "3/4", ".3",
              "2-3", "three hundred", "more than 3", "3 or 5", "(A) 2\n(B) 3\n(C) 4", "3, maybe 4", "4? 3?",
-             "Answer: (C) 2"]},
+             "Answer: (C) 2", "twenty-three", "(A) or (C)", "three-legged"]},
     "right/left": {
-        "left": ["(A) is wrong, so (B)", "It’s left, it isn’t right.",
+        "left": ["(A) is wrong, so (B)", "It’s left, it isn’t right.", "(b) left", "B, not A", "left (not right)",
                  "(B), because what is on the right is the table", "left-hand side", "b", "left instead of right",
                  "**B** is correct", "The right answer is left.", "Right? No, left.", "I choose B", "B is correct.",
                  "Therefore, B", "# Answer\nB", "Answer: A ... wait ... the final answer is B",
@@ -424,7 +416,7 @@ ANSWERS = {
     "cat/dog": {
         "cat": ["The answer is (A) cat. The dog is farther.", "A cat.", "Point A is closer.",
                 "The cat is closer, while the dog is farther.", "Dog. Wait, cat."],
-        "dog": ["The answer is a dog.", "A cat? No, a dog.", "The cat is far, so the dog."],
+        "dog": ["The answer is a dog.", "A cat? No, a dog.", "The cat is far, so the dog.", "The answer is: (B)."],
         "": ["A dog or a cat", "cats", "The cat and the dog", "B. cat", "- **A. cat**: far\n- **B. dog**: near"]},
     "no, it would stay the same/no/yes": {
         "no, it would stay the same": ["I think no, it would stay the same", "A"], "no": ["no", "The answer is no."],
@@ -594,7 +586,7 @@ def test_the_group_worked_in_the_readme():
     assert [[*map(float, column)] for column in numbers] == [x.tolist() for x in (*rewards.values(), R)]
     assert len(R) == 8 and [f"{x:+.2f}" for x in g.group_advantages(R, 8)] == [*A]
     assert f"mean is {R.mean():g} " in section and f"{R.std():.4f}" in section
-    cases = re.findall(r"^\| (-?\d[.\d]*) \| ([.\d]+) \| .*? \| (.*?) \| (.*?) \| (.*?) \| (.*?) \|$", section, re.MULTILINE)
+    cases = re.findall(r"^\| (-?\d[.\d]*) \| ([.\d]+) \| .*?" + 4 * r" \| (.*?)" + r" \|$", section, re.MULTILINE)
     assert len(cases) == 4
     for A, ratio, plain, clipped, expected, effect in cases:
         A, logps = torch.tensor([float(A)]), torch.tensor([[float(ratio)]]).log().requires_grad_()
@@ -771,11 +763,11 @@ def test_settings_and_their_precedence(world, sat):
 
 def test_bad_settings_stop_with_one_sentence(tmp_path, monkeypatch):
     (tmp_path / "empty").mkdir()
-    values = ["--rewards accuracy,style", "--num_generations 1", "--max_steps 0", "--temperature 1e-40",
-              "--temperature nan", "--learning_rate inf", "--learning_rate -1", "--prompts_per_step 0",
-              "--max_pixels 0", "--rewards accuracy,format --prompt base-direct", "--preset paper", "--preset sat-sft"]
+    values = ["--rewards accuracy,style", "--num_generations 1", "--max_steps 0", "--temperature nan", "--max_pixels 0",
+              "--learning_rate inf", "--learning_rate -1", "--rewards accuracy,format --prompt base-direct",
+              "--temperature 1e-40", "--prompts_per_step 0", "--preset paper", "--preset sat-sft"]
     paths = ["--data data/none", "--eval_data toy/none", "--data " + "x" * 300]
-    paths += [f"--model_name_or_path {path}" for path in (tmp_path / "empty", tmp_path / "none", "toy/none", "x" * 300)]
+    paths += [f"--model_name_or_path {path}" for path in (tmp_path / "empty", tmp_path / "none", "x" * 300)]
     all_stop(g.main, {flags: flags.split()[0] for flags in values} | {flags: flags.split()[1] for flags in paths})
     monkeypatch.setattr(g, "Accelerator", lambda **_: SimpleNamespace(num_processes=3, log_with=[]))
     stops("--prompts_per_step processes", g.make_accelerator, g.Config())
@@ -910,14 +902,12 @@ READINGS = [
 # a free answer, and what it becomes; None: the row is skipped
 FREE = [
     ("\\boxed{3}", "3"), ("$3$", "3"), ("48/2=24 <<24+48=72>>\n#### 72", "72"), ("#### 1 #### 2", "2"),
-    ("Final Answer: 3", "3"), ("<answer>Answer: \\boxed{3}</answer>", "3"), ("**3**", "3"),
-    ("<think>?</think> <answer>3</answer>", "3"), ("$5", "$5"), ("10 cm", "10 cm"),
+    ("Final Answer: 3", "3"), ("<think>?</think> <answer>Answer: \\boxed{3}</answer>", "3"), ("**3**", "3"),
+    ("$5", "$5"), ("10 cm", "10 cm"), ("<answer>1</answer> <answer>2</answer>", None), ("####", None), (7, "7"),
     ("so \\frac{2}{4}, or \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"), ("240πcm^{2}", "240πcm^{2}"), ("3/4", "3/4"),
-    ("3<|im_end|>", None), ("\\boxed{3", None), ("<think> 3", None),
-    ("\\boxed{1} or \\boxed{2}", None), ("<answer>1</answer> <answer>2</answer>", None), ("####", None),
-    ("['24/7', '3.4']", None), (7, "7"), (0.5, "0.5"), (float("nan"), None), (None, None), (True, "True"),
-    ([{"answer": "no"}, {"answer": "ok"}, {"answer": "no"}], "no"), ([], None),
-    (["red", "blue"], None), ({"a": 1}, None)]
+    ("3<|im_end|>", None), ("\\boxed{3", None), ("<think> 3", None), ("\\boxed{1} or \\boxed{2}", None),
+    ("['24/7', '3.4']", None), (0.5, "0.5"), (float("nan"), None), (None, None), (True, "True"), ([], None),
+    ([{"answer": "no"}, {"answer": "ok"}, {"answer": "no"}], "no"), (["red", "blue"], None), ({"a": 1}, None)]
 WITH_MATHEMATICS = ["\\frac{1}{2}", "$5", "240πcm^{2}", "3/4", "10 cm"]
 CHAIN = "<think>\nTwo legs, \"four\" ...\n</think>\n\n<answer> Final Answer:B </answer>"
 PARTS = [{"type": "image"}, {"type": "text", "text": "Which?"}]
@@ -1157,7 +1147,8 @@ def test_checkpoints_are_models_for_transformers_and_servers(name, trained, worl
     assert image_processor.size["longest_edge"] == 401408
     assert tokenizer.chat_template == g.SERVED_PROMPT  # a server asks as it was trained
     text = json.loads((folder / "config.json").read_text())["text_config"]  # as transformers 4.57 reads it
-    assert (text["rope_theta"], text["rope_scaling"]["mrope_section"], "rope_parameters" in text) == (1e6, [1, 1, 2], False)
+    assert text["rope_theta"] == 1e6 and text["rope_scaling"]["mrope_section"] == [1, 1, 2]
+    assert "rope_parameters" not in text
     assert len(json.loads((folder / "generation_config.json").read_text())["eos_token_id"]) == 2
 
 
@@ -1175,8 +1166,7 @@ def test_each_family_trains_saves_and_is_evaluated(family, worlds, train, evalua
     assert ours["nll"] == pytest.approx(-came.logps[came.rollout.completion_mask].mean().item(), rel=1e-5)
     assert ours["loss"] == pytest.approx(-1) and ours["rewards/accuracy"] == 1  # of all that was written: no block
     assert "<think>" not in came.batch.texts[0] and "sampler_mismatch" not in ours
-    folders = worlds[family].folder, tmp_path / "grpo/final", tmp_path / "sft/final"
-    before, after, sft = map(weights_of, folders)
+    before, after, sft = map(weights_of, (worlds[family].folder, tmp_path / "grpo/final", tmp_path / "sft/final"))
     assert before.keys() == after.keys() == sft.keys()
     untied = '"tie_word_embeddings": false' in (tmp_path / "grpo/final/config.json").read_text()
     assert untied == ("lm_head.weight" in before) == (family == "qwen2_5_vl")  # whatever config.json said
@@ -1219,7 +1209,7 @@ HARMLESS = "ACCELERATE_MIXED_PRECISION=fp16 ACCELERATE_USE_DEEPSPEED=false PMI_S
 
 def test_launches_that_would_train_alone_or_otherwise_stop(train, evaluate, tmp_path, monkeypatch):
     for name, value in (variable.split("=") for variable in LAUNCHES.split()):
-        advice = "FSDP2" if "_USE_" in name else f"WORLD_SIZE is {value if name == 'WORLD_SIZE' else 'not'} --multi_gpu"
+        advice = "FSDP2" if "_USE_" in name else "WORLD_SIZE --multi_gpu"
         monkeypatch.setenv(name, value)
         for program in train, evaluate:
             stops(f"{name} torchrun unset {advice}", program, tmp_path / "run")
@@ -1460,7 +1450,7 @@ def test_each_script_imports_only_what_stands_below_it():
         """-> those of our modules that the import statements among nodes name, and import_module(...)"""
         texts = [ast.unparse(x) for x in nodes if isinstance(x, (ast.Import, ast.ImportFrom, ast.Call))]
         own = "grpo_vision|recipes|prepare_sat|eval_cvbench|test_grpo|make|step|plan"
-        return {*re.findall(rf"\b({own})\b", " ".join(x for x in texts if re.match(r"from |import |importlib\.im", x)))}
+        return {*re.findall(rf"\b({own})\b", " ".join(x for x in texts if re.match("from |import |importlib.im", x)))}
 
     for name, at_the_top, inside in [
             ("grpo_vision", set(), {"eval_cvbench"}), ("recipes", {"grpo_vision"}, set()),
@@ -1540,8 +1530,7 @@ def test_two_processes_with_sharded_weights_equal_one_however_they_are_started(f
     start = lambda run, launcher, *more: starting(launcher, tmp_path / "worker.py", *small_run, *flags,
                                                   "--output_dir", run, *more)
     one, two, offloaded, machines = (tmp_path / name for name in ("one", "two", "offloaded", "machines"))
-    alone = f"{TORCHRUN} 1 --standalone" if family == "qwen3_vl" else ""
-    said = succeed(start(one, alone), start(two, ONE_MACHINE))
+    said = succeed(start(one, "" if family == "qwen2_vl" else f"{TORCHRUN} 1 --standalone"), start(two, ONE_MACHINE))
     if family == "qwen2_vl":
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
@@ -1734,7 +1723,9 @@ def test_other_weights_settings_or_questions_have_a_folder_of_their_own(evaluate
                   "--max_pixels 9999", ""]:
         evaluate(tmp_path / "results", "--model", model, *flags.split())
         if "--max_pixels" in flags:
-            edit_weights(model, lambda weights: weights["model.norm.weight"][3].add_(1))  # trained again
+            weights = weights_of(model)  # trained again
+            weights["model.norm.weight"][3].add_(1)
+            save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
     assert len(list((tmp_path / "results").iterdir())) == 7
 
 
@@ -1754,7 +1745,6 @@ def test_a_second_start_grades_anew_and_comparing_takes_files(evaluate, tmp_path
     eval_cvbench.write_jsonl(a, [r | {"right": int(r["id"] == 1)} for r in records])
     eval_cvbench.write_jsonl(b, [r | {"right": int(r["id"] > 1)} for r in records[1:]])
     eval_cvbench.write_jsonl(c, [r | {"question": "?"} for r in jsonl(b)])
-    capsys.readouterr()
     eval_cvbench.main(["--compare", str(a), str(b)])
     printed = capsys.readouterr().out
     assert re.search(r"4 questions; 1 .*    total +A +25.0 +B +75.0 +B - A \+50.0 +p = 0.62", printed, re.DOTALL)
@@ -1783,7 +1773,8 @@ def test_pages_are_self_contained_and_show_markup_as_text(cvbench, evaluated, tr
 def test_a_run_is_drawn_again_from_its_folder_alone(trained, tmp_path):
     run = shutil.copytree(trained, tmp_path / "moved", ignore=shutil.ignore_patterns("*.png", "*.html"))
     eval_cvbench.main(["--draw", str(run)])
-    assert (run / "rollouts.html").read_text().replace(str(run), str(trained)) == (trained / "rollouts.html").read_text()
+    page = (run / "rollouts.html").read_text().replace(str(run), str(trained))
+    assert page == (trained / "rollouts.html").read_text()
     assert (run / "curves.png").read_bytes() == (trained / "curves.png").read_bytes()
     stops(f"--draw {tmp_path}/none", eval_cvbench.main, ["--draw", f"{tmp_path}/none"])
 
@@ -1805,7 +1796,8 @@ def test_the_page_says_what_the_update_did_to_each_token(world, trained):
                 assert one[name] == pytest.approx(expected.tolist(), abs=2e-4)
             assert one["tokens"] == [run.tokenizer.decode([token]) for token in ids.tolist()]
             assert one["after"] != pytest.approx(one["before"], abs=2e-4)
-    shown = [f"{name}: {math.exp(groups[0]['completions'][0][name][0]):.3f}" for name in ("before", "after", "reference")]
+    first = groups[0]["completions"][0]
+    shown = [f"{name}: {math.exp(first[name][0]):.3f}" for name in ("before", "after", "reference")]
     assert 'data-p="{}\n{}\n{}"'.format(*shown) in (trained / "rollouts.html").read_text()
 
 
@@ -1860,8 +1852,7 @@ def test_the_toy_learns_from_its_rewards(tmp_path):
 
 def test_every_flag_metric_and_file_in_the_readmes_exists(capsys, trained):
     readmes = "".join((g.HERE / folder / "README.md").read_text() for folder in ("", "toy", "bench"))
-    scripts = [*g.HERE.glob("bench/*.py"), *g.HERE.glob("toy/*.py")]
-    flags = {script.stem: {*re.findall(r"\W(--\w+)\b", script.read_text())} for script in scripts} | {"test_grpo": set()}
+    flags = {path.stem: {*re.findall(r"\W(--\w+)\b", path.read_text())} for path in g.HERE.glob("*/*.py")}
     for module in g, recipes, eval_cvbench, prepare_sat:
         with pytest.raises(SystemExit):
             module.main(["--help"])
@@ -1870,8 +1861,8 @@ def test_every_flag_metric_and_file_in_the_readmes_exists(capsys, trained):
     commands = re.findall(r"(\w+)\.py\b([^`#|]*?)(?=[`#|\n])", readmes.replace("\\\n", ""))
     assert len(commands) > 40
     for script, rest in commands:
-        assert {*re.findall(r"--[a-z]\w+", rest)} <= flags[script.replace("my_run", "grpo_vision")], rest
-    launchers = {"--multi_gpu", "--machine_rank", "--num_processes", "--num_machines", *re.findall(r"--main_\w+", readmes)}
+        assert {*re.findall(r"--[a-z]\w+", rest)} <= flags.get(script.replace("my_run", "grpo_vision"), set()), rest
+    launchers = {"--multi_gpu", "--machine_rank", *re.findall(r"--main_\w+|--num_(?:processes|machines)", readmes)}
     assert {*re.findall(r"(?<![\w-])--[a-z]\w+", readmes)} <= launchers.union(*flags.values())
     healthy = re.findall(r"^\| (`.*?) \|", readmes.split("## Is it healthy?")[1].split("\n## ")[0], re.MULTILINE)
     logged = jsonl(trained / "metrics.jsonl", drop="rewards/")[0].keys() - {"step"}
