@@ -51,10 +51,10 @@ from recipes import math_reward
 def read_rows(path):
     """Hub id, Parquet file, or folder of them -> rows (dicts), their images still encoded."""
     here = Path(path)
-    if (here / "train.parquet").exists():
+    if os.path.exists(here / "train.parquet"):
         fail(f"{path} holds training data. Name the file to evaluate on, such as {path}/test.parquet.")
     with explained(f"the questions of {path} cannot be read"):
-        if here.exists():
+        if os.path.exists(here):
             files = sorted(here.glob("*.parquet")) or [here]
             return pa.concat_tables(map(pq.read_table, files), promote_options="default").to_pylist()
         return datasets.load_dataset(path, split="test").with_format("arrow")[:].to_pylist()
@@ -790,8 +790,8 @@ def main(argv=None):
 
 def models_of(run, only_ends):
     """-> the models of a run, its start and its checkpoints or (only_ends) final/; and its settings."""
-    trained = [run / "final"] if only_ends else gv.checkpoints(run)
-    if not (run / "config.json").exists() or not trained or not trained[0].exists():
+    trained = [run / "final"] if only_ends or not os.path.exists(run) else gv.checkpoints(run)
+    if not trained or not all(map(os.path.exists, (run / "config.json", trained[0]))):
         fail(f"{run} is not a finished run; `python grpo_vision.py` makes one, or name a --model")
     config = json.loads((run / "config.json").read_text())
     return [config["model_name_or_path"], *map(str, trained)], config

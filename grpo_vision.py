@@ -1029,7 +1029,7 @@ class Config:
 PRESETS = {
     "toy": dict(model_name_or_path=f"{TOY}/base", data=str(TOY), max_pixels=None, max_prompt_length=256,
                 max_completion_length=64, max_steps=140, learning_rate=8e-5, beta=0.01, score_tokens=2048,
-                gradient_checkpointing=False, save_steps=70, eval_steps=7,
+                gradient_checkpointing=False, save_steps=70, eval_steps=14,
                 eval_data=f"{TOY}/cvbench,{TOY}/test.parquet"),
     "sat": {},  # the paper's
 }
@@ -1076,9 +1076,9 @@ def setup(run, cfg):
     """Put into `run` everything that training needs -> the number of steps already done."""
     run.accelerator = make_accelerator(cfg)
     is_main, count = run.accelerator.is_main_process, run.accelerator.num_processes
-    last = checkpoints(cfg.output_dir)[-1:] if cfg.resume else []
+    last = checkpoints(cfg.output_dir)[-1:] if cfg.resume and os.path.exists(cfg.output_dir) else []
     start, done = (last[0], int(last[0].name[11:])) if last else (cfg.model_name_or_path, 0)
-    lost = cfg.resume and not last and Path(cfg.output_dir, "final").exists()
+    lost = cfg.resume and not last and os.path.exists(f"{cfg.output_dir}/final")
     require(not lost, f"--resume: {cfg.output_dir} has no checkpoint left to resume from. Start a new run.")
     run.tokenizer, run.image_processor = load_processors(start, cfg.max_pixels)
     run.template = choose_prompt(run.tokenizer, cfg.prompt)

@@ -18,6 +18,7 @@ import argparse
 import ast
 import itertools
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -56,7 +57,8 @@ def write_parquet(path, rows, features):
     except OSError as error:
         fail(f"{path} cannot be written: {error}. Make room, or choose another --out.")
     finally:
-        unfinished.unlink(missing_ok=True)
+        with suppress(OSError):
+            unfinished.unlink()
 
 
 # ---- Reading the source ----------------------------------------------------------------------------------
@@ -72,9 +74,9 @@ def read_data(name, split=None):
     """Open a Parquet or JSON file, a folder or a hub data set -> its columns; a function from column names to
     rows whose images are still encoded; and the folder where image paths start (None: on the hub)."""
     path = Path(name)
-    if path.is_file() and split:
-        fail(f"{path} is a single file, which has no splits. Leave out --split {split}.")
     try:
+        if path.is_file() and split:
+            fail(f"{path} is a single file, which has no splits. Leave out --split {split}.")
         if name == "array/SAT":  # load_dataset fails on it
             path = Path(hf_hub_download(name, "SAT_train.parquet", repo_type="dataset"))
         if path.is_file() and path.suffix in (".json", ".jsonl"):
@@ -375,7 +377,7 @@ def main(argv=None):
     path = Path(args.out or HERE / ("data/own" if args.source else "data/sat")).expanduser() / "train.parquet"
     if limit is not None and limit < 1:
         fail(f"--limit {limit} keeps nothing. Give a number of rows above 0.")
-    if path.exists():
+    if os.path.exists(path):
         fail(f"{path} exists. Choose another folder by --out, or delete it yourself.")
     name, verdicts = args.source or "array/SAT", {}
     found, read, folder = read_data(name, args.split)

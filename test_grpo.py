@@ -1053,12 +1053,12 @@ def test_data_that_cannot_be_prepared_stops(sat, pictures, tmp_path, monkeypatch
     Path("chain.json").write_text(json.dumps([chat(images="none.png")]))
     all_stop(lambda flags: prepare_sat.main(["--out", "out", "--from", *flags]), {
         f"{pictures}/a.png": "a.png Parquet", "less.parquet": "less.parquet question image_bytes, answers",
-        "less.parquet --columns answer=label": "answer=label image_bytes", "none/here": "none/here hub",
+        "less.parquet --columns answer=label": "answer=label image_bytes", "x" * 300: "xxx hub",
         "less.parquet --columns reply=answers": "reply=answers question_type",
         "less.parquet --columns answer": "--columns OURS=THEIRS", f"{raw} --columns answer=": "answer=NAME",
         "list.json": "list.json line 2 column", "lines.jsonl": "line 3", "chain.json": "chain.json no row",
         f"{raw} --limit 0": "--limit 0", f"{raw} --split test": "--split test",
-        f"{raw} --out /proc/none": "/proc/none written"})
+        f"{raw} --out /proc/none": "/proc/none written", f"{raw} --out {'x' * 300}": "xxx written"})
     assert not list(tmp_path.glob("out/*")) and not Path("data").exists()
 
 
@@ -1820,7 +1820,7 @@ def test_evaluation_data_with_faults_stops(cvbench, evaluate, tmp_path):
     all_stop(lambda flags: evaluate(tmp_path / "results", *flags), cases | {
         "--modes instruct-direct": "--modes instruct-direct base-reasoning base-direct",
         "--temperature -1": "--temperature", "--limit 0": "--limit", "--num_generations 5": "5 --temperature",
-        f"--data {tmp_path}/own.parquet": "own.parquet, row 0 answer", "--data no/such/file": "no/such/file",
+        f"--data {tmp_path}/own.parquet": "own.parquet, row 0 answer", "--data " + "x" * 300: "questions xxx",
         f"--data {g.TOY}": "toy training data test.parquet", f"--output_dir {path}/x": "--output_dir written"})
     assert not list((tmp_path / "results").rglob("answers*"))  # before the first answer
     numbers, image = dict(choices=[3, 4], answer="(B)", task=7), dict(bytes=ONE, path=None)
