@@ -127,8 +127,9 @@ class World:
         self.images = [[picture(*size, seed=i) for size in sizes] for i, (_, sizes) in enumerate(rows)]
         self.each = [self.build([i]) for i in range(4)]
         self.pass_, self.two_passes = self.build(range(4)), [self.build([0, 1]), self.build([2, 3], first=2)]
-        self.rollout = g.sample(self.model, [self.pass_], G, 9, 1.0, seed(3))
-        assert len(set(self.rollout.lengths.tolist())) > 3 and 0 < self.rollout.finished.sum() < 12
+        rollout = self.rollout = g.sample(self.model, [self.pass_], G, 9, 1.0, seed(2))
+        # unequal lengths; among the longest are finished ones and such as are cut
+        assert len({*rollout.lengths.tolist()}) > 3 and len({*rollout.finished[rollout.lengths == 9].tolist()}) == 2
 
     def build(self, which, first=0):
         texts, images = ([x[i] for i in which] for x in (self.texts, self.images))
@@ -393,9 +394,9 @@ def test_rewards_of_completions():
 # options -> {the one that a reply chooses in evaluation, or none: replies}
 ANSWERS = {
     "2/3/4": {
-        "4": ["(C)", "c)", "<b>C</b>", "Answer: C", "<answer>2</answer> wait <answer>4</answer>",
+        "4": ["(C)", "【C】", "c)", "<b>C</b>", "Answer: C", "<answer>2</answer> wait <answer>4</answer>",
               "<think> not 2, not 3 </think> <answer>(C)", "The answer is C, as I counted them.", "\\boxed{C}",
-              "(A) 2? No. The answer is (C) 4.", "Answer: **C**", "2 + 2 = 4", "【C】", "Two left, two right, so four.",
+              "(A) 2? No. The answer is (C) 4.", "Answer: **C**", "2 + 2 = 4", "Two left, two right, so four.",
               "(A) 2\n(B) 3\n(C) 4\n\nC", "2 on the left, 2 on the right. The total is: 4", "4 (2 brown, 2 black)",
               "The left one has 4.", "four", "There are four chairs.", "c. 4", "I count 4, not 3.", "Option C: 4"],
         "3": ["Option B", "\\boxed{\\text{B}}", "$3$", "(A) and (C) are wrong.\n\n**B**"],
@@ -539,7 +540,7 @@ def test_what_is_sampled_is_what_is_scored_and_greedy_is_the_likeliest(family, w
         ended = [token in ENDS for token in ids.tolist()]
         assert not any(ended[:-1]) and ended[-1] == finished and (finished or len(ids) == 9)
         assert (padded[len(ids):] == ENDS[0]).all() and not world.model.suppressed[ids].any()
-    assert torch.equal(draw(3).completion_ids, world.rollout.completion_ids)
+    assert torch.equal(draw(2).completion_ids, world.rollout.completion_ids)
     assert not torch.equal(draw(7).completion_ids, world.rollout.completion_ids)
     # the model's own generation_config, with its top_k of 1, is not heeded
     assert world.model.generation_config.top_k == 1 and len(world.rollout.completion_ids.unique(dim=0)) > 8
@@ -1482,10 +1483,11 @@ from torch.distributed.tensor import DTensor
 
 def draw(model, passes, G, C, temperature, generator):
     ids, lengths = [], []
-    for prompts in passes:  # one prompt each: --encode_tokens 1
-        seeded = torch.Generator().manual_seed(int(prompts.input_ids.sum()))
+    for row, length in ((row, n) for prompts in passes for row, n in zip(prompts.input_ids, prompts.lengths)):
+        images = int((row == model.config.vision_start_token_id).sum())
+        seeded = torch.Generator().manual_seed(int(row[:length].sum()))
         ids.append(torch.randint(1, 300, (G, C), generator=seeded))
-        lengths.append(len(prompts.image_grid_thw) * C // 2 - torch.randint(0, 4, (G,), generator=seeded))
+        lengths.append(images * C // 2 - torch.randint(0, 4, (G,), generator=seeded))
     ids, lengths = torch.cat(ids), torch.cat(lengths)
     mask = torch.arange(C) < lengths[:, None]
     return SimpleNamespace(completion_ids=ids, completion_mask=mask, lengths=lengths, finished=ids[:, 0] % 2 == 0,
@@ -1525,7 +1527,7 @@ def succeed(*running):
 def test_two_processes_with_sharded_weights_equal_one_however_they_are_started(family, worlds, small_run, tmp_path):
     (tmp_path / "worker.py").write_text(WORKER)
     flags = f"""--rewards accuracy,format,mine --max_completion_length 8 --score_tokens 18 --max_pixels 20000
-        --loss_type dapo --mask_truncated_completions true --prompt base --max_steps 2
+        --loss_type dapo --mask_truncated_completions true --prompt base --max_steps 2 --eval_steps 2
         --model_name_or_path {worlds[family].folder}""".split()
     start = lambda run, launcher, *more: starting(launcher, tmp_path / "worker.py", *small_run, *flags,
                                                   "--output_dir", run, *more)
@@ -1536,12 +1538,11 @@ def test_two_processes_with_sharded_weights_equal_one_however_they_are_started(f
             found.bind(("127.0.0.1", 0))
             place = f"--nnodes 2 --master_addr 127.0.0.1 --master_port {found.getsockname()[1]} --node_rank"
         said += succeed(*(start(machines, f"{TORCHRUN} 1 {place} {rank}") for rank in (0, 1)))
-        launch = "-m accelerate.commands.launch --cpu --num_processes 1"
-        said += succeed(start(offloaded, launch, "--cpu_offload", "true"))
+        said += succeed(start(offloaded, "-m accelerate.commands.launch --num_processes 1", "--cpu_offload", "true"))
         assert same_run(one, offloaded) and same_run(two, machines)
     assert not any("view tensor" in text or "Casting" in text for text in said)
-    metrics = [jsonl(run / "metrics.jsonl") for run in (one, two)]  # entropy, kl, grad_norm and others
-    assert all(x == pytest.approx(y, rel=1e-6, abs=1e-9) for x, y in zip(*metrics, strict=True))
+    logs = [jsonl(run / "metrics.jsonl") + jsonl(run / "eval.jsonl", drop="set") for run in (one, two)]
+    assert all(x == pytest.approx(y, rel=1e-6, abs=1e-9) for x, y in zip(*logs, strict=True))
     start, error = weights_of(worlds[family].folder), lambda found, x: ((found - x).norm() / x.norm()).item()
     x, y = weights_of(one / "final"), weights_of(two / "final")
     assert x.keys() == y.keys() == start.keys()
