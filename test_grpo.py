@@ -1537,8 +1537,8 @@ def test_two_processes_with_sharded_weights_equal_one_however_they_are_started(f
         with socket.socket() as found:
             found.bind(("127.0.0.1", 0))
             place = f"--nnodes 2 --master_addr 127.0.0.1 --master_port {found.getsockname()[1]} --node_rank"
-        said += succeed(*(start(machines, f"{TORCHRUN} 1 {place} {rank}") for rank in (0, 1)))
-        said += succeed(start(offloaded, "-m accelerate.commands.launch --num_processes 1", "--cpu_offload", "true"))
+        said += succeed(start(offloaded, "-m accelerate.commands.launch --num_processes 1", "--cpu_offload", "true"),
+                        *(start(machines, f"{TORCHRUN} 1 {place} {rank}") for rank in (0, 1)))
         assert same_run(one, offloaded) and same_run(two, machines)
     assert not any("view tensor" in text or "Casting" in text for text in said)
     logs = [jsonl(run / "metrics.jsonl") + jsonl(run / "eval.jsonl", drop="set") for run in (one, two)]
