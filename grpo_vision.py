@@ -1097,7 +1097,6 @@ def setup(run, cfg):
             dcp.load(state, checkpoint_id=start / "state")  # however many processes saved it
             set_optimizer_state_dict(run.master, run.optimizer, state["optimizer"])
         require(state["begun"] == run.begun, f"{cfg.output_dir} did not begin with {cfg.data} as it is now")
-        refresh(run.sampler, run.master)
     if is_main:
         run.output_dir, run.lock = claim(cfg)
         check_disk(run, cfg, done)
