@@ -1289,8 +1289,8 @@ def test_a_gradient_that_is_not_finite_ends_the_run_before_it_does_harm(train, t
 def test_a_disk_with_too_little_room_is_named_before_training(train, world, tmp_path, monkeypatch):
     run = SimpleNamespace(output_dir=tmp_path, sampler=g.load_model(world.folder, world.tokenizer))
     for steps, done, limit, models, states in [  # models and state/ that the rest of the run has on the disk
-            (3, 0, None, 3 + 1, 2), (3, 2, None, 1 + 1, 1), (3, 0, 1, 1 + 1, 2), (3, 0, 9, 3 + 1, 2)]:
-        cfg = g.Config(max_steps=steps, save_steps=1, save_total_limit=limit)
+            (5, 0, None, 3 + 1, 2), (5, 4, None, 1 + 1, 1), (6, 0, 1, 1 + 1, 2), (6, 0, 9, 3 + 1, 2)]:
+        cfg = g.Config(max_steps=steps, save_steps=2, save_total_limit=limit)
         room = SimpleNamespace(free=run.sampler.num_parameters() * (4 * models + 12 * states))
         monkeypatch.setattr(shutil, "disk_usage", lambda path: room)
         g.check_disk(run, cfg, done)
@@ -1438,7 +1438,7 @@ def test_the_script_trains_alone_in_an_empty_folder_under_any_name(tmp_path, mon
         alone.setattr(importlib.util, "find_spec", lambda name, *rest: name != "eval_cvbench" and find(name, *rest))
         g.main(["--resume", "--output_dir", str(run), "--max_steps", "2"])
     assert [m["step"] for m in jsonl(run / "metrics.jsonl")] == [1, 2]
-    assert not same_weights(run / "checkpoint-1", run / "final")
+    assert not same_weights(run / "checkpoint-1", run / "final") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
     Path("eval_cvbench.py").write_text("import no_such_library")  # beside it, but broken: not forgiven
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "eval_cvbench")
