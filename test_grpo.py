@@ -1437,7 +1437,7 @@ def test_the_script_trains_alone_in_an_empty_folder_under_any_name(tmp_path, mon
     with monkeypatch.context() as alone:
         alone.setattr(importlib.util, "find_spec", lambda name, *rest: name != "eval_cvbench" and find(name, *rest))
         g.main(["--resume", "--output_dir", str(run), "--max_steps", "2"])
-    assert len(jsonl(run / "metrics.jsonl")) == 2 and '"beta": 0.0' in (run / "config.json").read_text()
+    assert len(jsonl(run / "metrics.jsonl")) == 2 and '"beta": 0.0,' in (run / "config.json").read_text()
     assert not same_weights(run / "checkpoint-1", run / "final") and signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
     Path("eval_cvbench.py").write_text("import no_such_library")  # beside it, but broken: not forgiven
     monkeypatch.syspath_prepend(tmp_path)
