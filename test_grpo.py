@@ -1148,7 +1148,7 @@ def test_checkpoints_are_models_for_transformers_and_servers(name, trained, worl
     assert tokenizer.chat_template == g.SERVED_PROMPT  # a server asks as it was trained
     text = json.loads((folder / "config.json").read_text())["text_config"]  # as transformers 4.57 reads it
     assert text["rope_theta"] == 1e6 and text["rope_scaling"]["mrope_section"] == [1, 1, 2]
-    assert "rope_parameters" not in text
+    assert "rope_parameters" not in text and "additional_special" in (folder / "tokenizer_config.json").read_text()
     assert len(json.loads((folder / "generation_config.json").read_text())["eos_token_id"]) == 2
 
 
