@@ -790,7 +790,7 @@ def main(argv=None):
 
 def models_of(run, only_ends):
     """-> the models of a run, its start and its checkpoints or (only_ends) final/; and its settings."""
-    trained = [run / "final"] if only_ends or not os.path.exists(run) else gv.checkpoints(run)
+    trained = [run / "final"] if only_ends else gv.checkpoints(run)
     if not trained or not all(map(os.path.exists, (run / "config.json", trained[0]))):
         fail(f"{run} is not a finished run; `python grpo_vision.py` makes one, or name a --model")
     config = json.loads((run / "config.json").read_text())

@@ -904,7 +904,8 @@ def append_jsonl(path, records):
 
 def checkpoints(output_dir):
     """-> its complete checkpoint-N folders, oldest first; `save` renames them once complete."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name[11:].isdigit()]
+    names = os.listdir(output_dir) if os.path.exists(output_dir) else []
+    found = [Path(output_dir, name) for name in names if re.fullmatch(r"checkpoint-\d+", name)]
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
@@ -1076,7 +1077,7 @@ def setup(run, cfg):
     """Put into `run` everything that training needs -> the number of steps already done."""
     run.accelerator = make_accelerator(cfg)
     is_main, count = run.accelerator.is_main_process, run.accelerator.num_processes
-    last = checkpoints(cfg.output_dir)[-1:] if cfg.resume and os.path.exists(cfg.output_dir) else []
+    last = checkpoints(cfg.output_dir)[-1:] if cfg.resume else []
     start, done = (last[0], int(last[0].name[11:])) if last else (cfg.model_name_or_path, 0)
     lost = cfg.resume and not last and os.path.exists(f"{cfg.output_dir}/final")
     require(not lost, f"--resume: {cfg.output_dir} has no checkpoint left to resume from. Start a new run.")
